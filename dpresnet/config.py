@@ -1,0 +1,318 @@
+"""The configuration of a run: one frozen dataclass, from which the command line is generated.
+
+Every field of `Config` is a flag (``save_every_steps`` is ``--save-every-steps``) and carries its own help, group and
+limits, so there is no second list to keep in step. ``replicas``, ``num_classes`` and ``threads`` are 0 and ``shortcut``
+is "auto" until the program knows the data set and the ranks; it then makes the *resolved* configuration with
+`dataclasses.replace`, validates that once more, and works with nothing else.
+"""
+
+import argparse
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dpresnet.errors import Refused
+
+IMAGENET_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+                  "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2")
+CIFAR_ARCHS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+PLAIN_ARCHS = ("plain20", "plain32", "plain44", "plain56")
+
+BUILT_IN_DATASETS = ("digits", "synthetic")
+
+RESUMABLE = frozenset({
+    "steps",  # stops the run early; the schedule spans --epochs whatever it is
+    "bucket_mb", "first_bucket_mb",  # sums are taken element by element, so where buckets end changes no bit
+    "out", "resume", "save_every_epochs", "save_every_steps", "keep",
+    "device", "threads", "debug", "dry_run",
+})
+"""The fields that a resumed run may change, because they do not enter the mathematics. ``epochs`` joins them where the
+schedule is "constant", and a data set may move to another folder: its fingerprint is compared when it is opened."""
+
+
+def _flag(default: Any, group: str, text: str, **limits: Any) -> Any:
+    """A field with its help; `limits` are choices, least, most, above, below (see `_check`), metavar and shown."""
+    return field(default=default, metadata={"group": group, "help": text, **limits})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run depends on. ``python -m dpresnet.train --help`` explains the fields; `validate` checks them."""
+
+    arch: str = _flag("resnet20", "model", "network", choices=IMAGENET_ARCHS + CIFAR_ARCHS + PLAIN_ARCHS)
+    stem: str = _flag("cifar", "model", "first layers: 7x7/2 and max pooling, 3x3, or three 3x3 and max pooling",
+                      choices=("imagenet", "cifar", "deep"))
+    shortcut: str = _flag("auto", "model", "where shapes change: A pads with zeros, B projects; C projects everywhere; "
+                          "auto is A for the CIFAR family, else B", choices=("auto", "A", "B", "C"))
+    block: str = _flag("v1.5", "model", "stride on the first 1x1 (v1), on the 3x3 (v1.5), or pre-activation (v2)",
+                       choices=("v1", "v1.5", "v2"))
+    zero_init_residual: bool = _flag(False, "model", "start the last scale of every residual branch at 0")
+    num_classes: int = _flag(0, "model", "classes; 0: as many as the data set has", least=0)
+
+    dataset: str = _flag("digits", "data", "digits, synthetic, or a data set file in this project's HDF5 format",
+                         metavar="NAME|FILE.h5")
+    image: int = _flag(32, "data", "height and width in pixels, for synthetic only", least=1)
+    channels: int = _flag(3, "data", "colour channels, for synthetic only", least=1)
+
+    batch: int = _flag(32, "run", "samples per replica and step", least=1)
+    replicas: int = _flag(0, "run", "replicas in all, a multiple of the ranks: they fix the arithmetic, the ranks "
+                          "only the speed; 0: one per rank", least=0)
+    bn: str = _flag("sync", "run", "batch norm statistics: of all replicas or of each", choices=("sync", "local"))
+    precision: str = _flag("fp16", "run", "storage of activations and working weights; sums and masters are fp32",
+                           choices=("fp16", "fp32"))
+    epochs: int = _flag(40, "run", "passes over the training set", least=1)
+    steps: int = _flag(0, "run", "stop after so many steps in all, the schedule as it was; 0: no limit", least=0)
+    seed: int = _flag(0, "run", "fixes initial weights, order of samples and augmentation", least=0, most=2**32 - 1)
+
+    lr: float = _flag(0.4, "optimisation", "peak learning rate per 256 samples of global batch: a step uses "
+                      "lr * replicas * batch / 256", least=0.0)
+    schedule: str = _flag("cosine", "optimisation", "after the warm-up: to 0 along a cosine, constant, or x0.1 at 1/2 "
+                          "and 3/4 of the run", choices=("cosine", "constant", "step"))
+    warmup_epochs: float = _flag(2.0, "optimisation", "linear warm-up", least=0.0, shown="2.0, at most half the run")
+    momentum: float = _flag(0.9, "optimisation", "momentum of SGD", least=0.0, below=1.0)
+    nesterov: bool = _flag(True, "optimisation", "Nesterov's form of momentum")
+    weight_decay: float = _flag(5e-4, "optimisation", "L2 penalty, added to the gradient", least=0.0)
+    label_smoothing: float = _flag(0.0, "optimisation", "target share given to all classes", least=0.0, below=1.0)
+
+    bucket_mb: float = _flag(25.0, "parallel", "gradient bytes that are reduced at once, in MiB", above=0.0)
+    first_bucket_mb: float = _flag(1.0, "parallel", "the same for the first bucket, small to start early", above=0.0)
+
+    out: str = _flag("runs/digits-resnet20", "output", "folder for configuration, metrics, checkpoints and result",
+                     metavar="FOLDER", shown="runs/DATASET-ARCH")
+    resume: str = _flag("", "output", "go on from this checkpoint; auto: from the newest good one in --out, if any",
+                        metavar="auto|FILE", shown="start anew")
+    save_every_epochs: int = _flag(5, "output", "epochs between checkpoints; 0: none at epochs", least=0)
+    save_every_steps: int = _flag(0, "output", "steps between checkpoints; 0: none at steps", least=0)
+    keep: int = _flag(3, "output", "how many of the newest checkpoints stay, besides the best", least=1)
+
+    device: str = _flag("auto", "device", "OpenCL device: its index, or part of its name", metavar="auto|INDEX|NAME")
+    threads: int = _flag(0, "device", "CPU threads per rank; 0: cores / ranks on the node", least=0)
+    debug: bool = _flag(False, "device", "one process, synchronous launches, every output checked for NaN and inf")
+    dry_run: bool = _flag(False, "device", "print the plan and its memory, then stop")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def parse(argv: Sequence[str]) -> Config:
+    """The validated configuration of a command line (without the program's name).
+
+    ``--help`` prints and exits with 0; anything that cannot be used raises `Refused` with one line.
+    """
+    given, unknown = _parser().parse_known_args(list(argv))
+    if unknown:
+        _refuse_unknown(unknown[0])
+    cfg = Config(**vars(given))
+    cfg = replace(cfg, **{name: value for name, value in _derived(cfg).items() if name not in given})
+    for name in ("image", "channels"):
+        if name in given and cfg.dataset != "synthetic":
+            _refuse(cfg, name, f"is for --dataset synthetic; {cfg.dataset!r} brings its own: leave the flag out")
+    validate(cfg)
+    return cfg
+
+
+def _derived(cfg: Config) -> dict[str, Any]:
+    """Defaults that follow from other flags; those of `Config` are these for the default run."""
+    return {
+        "warmup_epochs": min(Config.warmup_epochs, cfg.epochs / 2),
+        "out": f"runs/{Path(cfg.dataset).stem}-{cfg.arch}",
+    }
+
+
+def flag_name(name: str) -> str:
+    """The flag of a field: "save_every_steps" -> "--save-every-steps"."""
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Ours is one line and exit code 78, where argparse prints the usage and exits with 2."""
+        raise Refused(f"{message.removeprefix('argument ')} (--help explains every flag)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="python -m dpresnet.train [flags]     mpirun -n 4 python -m dpresnet.train [flags]",
+        description="Train a residual network data-parallel on OpenCL devices, with MPI between the ranks.",
+        epilog="Exit codes: 0 done, 75 stopped on request (--resume auto goes on), 78 configuration or data refused, "
+        "70 numerical give-up, 1 a bug.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+        argument_default=argparse.SUPPRESS,  # so that what was given can be told from what was not
+        allow_abbrev=False,
+    )
+    for title, specs in itertools.groupby(fields(Config), key=lambda spec: spec.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for spec in specs:
+            group.add_argument(flag_name(spec.name), help=_help(spec), **_argument(spec))
+    return parser
+
+
+def _argument(spec: Field) -> dict[str, Any]:
+    """How argparse reads one field: a switch, a number or a word."""
+    if spec.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    metavar = spec.metadata.get("metavar", {int: "N", float: "X", str: "NAME"}[spec.type])
+    return {"type": functools.partial(_convert, spec.type), "metavar": metavar}
+
+
+def _convert(kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_EXPECTED[kind]}") from None
+
+
+def _help(spec: Field) -> str:
+    choices = spec.metadata.get("choices")
+    listed = f" [{', '.join(choices)}]" if choices else ""
+    default = {"True": "on", "False": "off"}.get(str(spec.default), spec.default)
+    return f"{spec.metadata['help']}{listed} (default: {spec.metadata.get('shown', default)})"
+
+
+def _refuse_unknown(token: str) -> NoReturn:
+    if not token.startswith("-"):
+        raise Refused(f"unexpected argument {token!r}: every setting is a flag (--help lists them)")
+    name = token.split("=")[0]
+    known = [flag_name(spec.name) for spec in fields(Config)]
+    known += [flag_name("no_" + spec.name) for spec in fields(Config) if spec.type is bool]
+    raise Refused(f"unknown flag {name!r}{_nearest(name, known)} (--help lists all flags)")
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# -------------------------------------------------------------------------------------------------- validation
+
+_EXPECTED = {int: "a whole number", float: "a finite number", str: "text", bool: "True or False"}
+_BOUNDS = {
+    "least": (operator.ge, "at least"),
+    "most": (operator.le, "at most"),
+    "above": (operator.gt, "greater than"),
+    "below": (operator.lt, "less than"),
+}
+
+
+def validate(cfg: Config) -> None:
+    """Raise `Refused` for the first value, or combination of values, that cannot work whatever the machine.
+
+    To be called again on the resolved configuration: some combinations show only once the replicas are known.
+    """
+    for spec in fields(Config):
+        _check(cfg, spec)
+    _check_dataset(cfg)
+    _check_model(cfg)
+    _check_statistics(cfg)
+    if cfg.warmup_epochs > cfg.epochs:
+        _refuse(cfg, "warmup_epochs", f"is longer than the run of --epochs {cfg.epochs}: shorten it or raise --epochs")
+
+
+def _check(cfg: Config, spec: Field) -> None:
+    value, limits = getattr(cfg, spec.name), spec.metadata
+    if not _is_a(value, spec.type):
+        _refuse(cfg, spec.name, f"is not {_EXPECTED[spec.type]}")
+    if value == "" and spec.default != "":
+        _refuse(cfg, spec.name, f"is empty: give a value or leave the flag out (default: {spec.default})")
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        _refuse(cfg, spec.name, f"is none of {', '.join(choices)}{_nearest(value, choices)}")
+    for bound, (holds, words) in _BOUNDS.items():
+        if bound in limits and not holds(value, limits[bound]):
+            _refuse(cfg, spec.name, f"is out of range: it must be {words} {limits[bound]}")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whole numbers count as floats, as JSON writes them; True and False are no numbers; nan and inf are neither."""
+    if bool in (kind, type(value)):
+        return kind is type(value)
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _refuse(cfg: Config, name: str, reason: str) -> NoReturn:
+    raise Refused(f"{flag_name(name)} {getattr(cfg, name)!r} {reason}")
+
+
+def _check_dataset(cfg: Config) -> None:
+    is_file = Path(cfg.dataset).suffix in (".h5", ".hdf5")
+    if cfg.dataset not in BUILT_IN_DATASETS and not is_file:
+        _refuse(cfg, "dataset", f"is none of digits, synthetic, FILE.h5{_nearest(cfg.dataset, BUILT_IN_DATASETS)}")
+    if cfg.num_classes == 1:
+        _refuse(cfg, "num_classes", "leaves nothing to learn: give at least 2, or 0 to take them from the data set")
+
+
+def _check_model(cfg: Config) -> None:
+    plain = cfg.arch in PLAIN_ARCHS
+    if plain and cfg.shortcut in ("B", "C"):
+        _refuse(cfg, "shortcut", f"has no meaning for {cfg.arch}, which has no shortcuts: use auto")
+    if plain and cfg.zero_init_residual:
+        _refuse(cfg, "zero_init_residual", f"would zero the only path through {cfg.arch}: use a residual network")
+
+
+def _check_statistics(cfg: Config) -> None:
+    """The variance of a single value is 0, so every normalised activation would be a constant."""
+    sharing = cfg.replicas if cfg.bn == "sync" else 1
+    if cfg.dataset == "synthetic" and cfg.batch * sharing * _smallest_map(cfg) ** 2 == 1:
+        _refuse(cfg, "image", "leaves batch norm one value per channel in the last layers: raise --image or --batch")
+
+
+def _smallest_map(cfg: Config) -> int:
+    """Height of the last feature map of a synthetic image; every halving rounds up."""
+    stem = 1 if cfg.stem == "cifar" else 4
+    stages = 8 if cfg.arch in IMAGENET_ARCHS else 4
+    return math.ceil(cfg.image / (stem * stages))
+
+
+# ------------------------------------------------------------------------------- what is written, what is fixed
+
+def to_json(cfg: Config) -> dict[str, Any]:
+    """The fields as JSON can hold them, each in its declared type; `from_json` is the inverse."""
+    return {spec.name: spec.type(getattr(cfg, spec.name)) for spec in fields(Config)}
+
+
+def from_json(values: Mapping[str, Any]) -> Config:
+    """A configuration that `to_json` wrote, perhaps in an older version: a field it lacks has its default.
+
+    Raises `Refused` for unknown fields and for values that `validate` refuses.
+    """
+    unknown = sorted(set(values) - {spec.name for spec in fields(Config)})
+    if unknown:
+        raise Refused(f"the saved configuration holds {unknown[0]!r}, unknown here: use the version that wrote it")
+    cfg = Config(**values)
+    validate(cfg)
+    return cfg
+
+
+def mathematics(cfg: Config) -> dict[str, Any]:
+    """The fields that fix every bit of the parameters: all but `RESUMABLE` and what its note exempts."""
+    fixed = {name: value for name, value in to_json(cfg).items() if name not in RESUMABLE}
+    fixed["dataset"] = Path(cfg.dataset).name
+    if cfg.schedule == "constant":
+        del fixed["epochs"]
+    return fixed
+
+
+def digest(cfg: Config) -> str:
+    """SHA-256 (hex) of `mathematics`: equal for two resolved configurations that must give the same bits."""
+    return hashlib.sha256(json.dumps(mathematics(cfg), sort_keys=True).encode()).hexdigest()
+
+
+def check_resume(saved: Mapping[str, Any], cfg: Config) -> None:
+    """Raise `Refused` naming every field in which a resumed run would leave the mathematics of the saved one.
+
+    Both are resolved: `saved` is what `to_json` gave when the checkpoint was written, `cfg` belongs to this run.
+    """
+    before, now = mathematics(from_json(saved)), mathematics(cfg)
+    differing = [name for name in now if name in before and before[name] != now[name]]
+    if differing:
+        listed = ", ".join(f"{flag_name(name)} was {before[name]!r}, now {now[name]!r}" for name in differing)
+        raise Refused(f"cannot resume with other mathematics: {listed}; give the saved values or another --out")

@@ -1,0 +1,196 @@
+"""The OpenCL device of this process: choosing it, building kernels for it, and memory that MPI can reach.
+
+Everything above this module speaks of arenas (large contiguous allocations) and programs (a kernel stem compiled with
+some defines); only here are platforms, build options and memory flags known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cached_property
+from importlib.resources import files
+
+import numpy as np
+import pyopencl as cl
+
+from dpresnet.errors import Refused
+
+BLOCK = 16  # neighbouring channels stored together, see kernels/common.cl
+ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most 4096 bits)
+
+
+def list_devices() -> list[cl.Device]:
+    """All OpenCL devices, the best first: GPUs and accelerators before CPUs, otherwise in the loader's order."""
+    try:
+        platforms = cl.get_platforms()
+    except cl.Error:
+        platforms = []
+    devices = [device for platform in platforms for device in platform.get_devices()]
+    return sorted(devices, key=lambda device: bool(device.type & cl.device_type.CPU))
+
+
+def choose_device(selector: str = "auto", local_rank: int = 0) -> cl.Device:
+    """Returns the device of this rank.
+
+    ``auto`` spreads the ranks of a node over the devices of the best platform (local rank modulo their number); an
+    index counts the list that ``python -m dpresnet.doctor`` prints; anything else is part of a device or platform name.
+    """
+    devices = list_devices()
+    if not devices:
+        raise Refused("no OpenCL device found; install a vendor's driver, or the CPU runtime: pip install 'dpresnet[local]'")
+    if selector == "auto":
+        best = [device for device in devices if device.platform == devices[0].platform]
+        return best[local_rank % len(best)]
+    names = ", ".join(f"{i}: {device.name.strip()}" for i, device in enumerate(devices))
+    if selector.isdigit():
+        if int(selector) >= len(devices):
+            raise Refused(f"--device {selector}: there are {len(devices)} devices ({names})")
+        return devices[int(selector)]
+    matching = [d for d in devices if selector.lower() in f"{d.platform.name} {d.name}".lower()]
+    if not matching:
+        raise Refused(f"--device {selector}: no device has that in its name ({names})")
+    return matching[local_rank % len(matching)]
+
+
+def kernel_source(stem: str) -> str:
+    """The text of kernels/<stem>.cl with the common header in front."""
+    folder = files("dpresnet.kernels")
+    return "\n".join((folder / f"{name}.cl").read_text() for name in ("common", stem))
+
+
+class BuildError(RuntimeError):
+    """A kernel did not compile; the message holds the options and the compiler's log."""
+
+
+class Device:
+    """One OpenCL device with an in-order queue, its compiled programs and how it computes.
+
+    ``vector`` is the number of lanes its kernels use (see VEC in kernels/common.cl), ``host_memory`` tells whether
+    arenas are ordinary host memory that numpy and MPI use in place.
+    """
+
+    def __init__(self, cl_device: cl.Device, profile: bool = False):
+        self.cl = cl_device
+        self.context = cl.Context([cl_device])
+        properties = cl.command_queue_properties.PROFILING_ENABLE if profile else 0
+        self.queue = cl.CommandQueue(self.context, properties=properties)
+        self.host_memory = bool(cl_device.type & cl.device_type.CPU)
+        self._programs: dict[str, cl.Program] = {}
+
+    @property
+    def name(self) -> str:
+        """Device, platform and driver in one line."""
+        return f"{self.cl.name.strip()} ({self.cl.platform.name.strip()}, driver {self.cl.driver_version.strip()})"
+
+    @cached_property
+    def vector(self) -> int:
+        """Lanes of a vector: 16 where the compiler targets AVX-512, 8 on other CPUs, 1 (work-items are lanes) elsewhere.
+
+        The compiler is asked, not the CPU: an older compiler may not know a newer CPU, and vectors wider than its
+        target has registers for spill or do not compile at all.
+        """
+        if not self.host_memory:
+            return 1
+        answer = self.arena(ALIGNMENT)
+        kernel = self.program("probe").probe_vector
+        kernel(self.queue, (1,), (1,), answer.buffer(0, 4))
+        self.finish()
+        return int(answer.view(0, (1,), np.int32)[0])
+
+    @property
+    def compute_units(self) -> int:
+        """Work-groups that run at once."""
+        return self.cl.max_compute_units
+
+    @property
+    def local_bytes(self) -> int:
+        """Local memory of one work-group."""
+        return self.cl.local_mem_size
+
+    def program(self, stem: str, **defines: int) -> cl.Program:
+        """Compiles kernels/<stem>.cl with the defines once per process; drivers and PoCL keep their own disk cache."""
+        options = [f"-D{name}={value}" for name, value in sorted(defines.items())]
+        key = " ".join([stem, *options])
+        if key not in self._programs:
+            self._programs[key] = self._build(key, kernel_source(stem), options)
+        return self._programs[key]
+
+    def _build(self, key: str, source: str, options: list[str]) -> cl.Program:
+        digest = hashlib.sha256(f"{key} {source}".encode()).hexdigest()[:12]
+        program = cl.Program(self.context, f"// {digest}\n{source}")
+        try:
+            return program.build(options)
+        except cl.Error as error:
+            raise BuildError(f"kernels/{key} for {self.name}:\n{error}") from None
+
+    def arena(self, nbytes: int) -> Arena:
+        """Allocates zeroed memory of at least one byte."""
+        return Arena(self, max(ALIGNMENT, nbytes))
+
+    def finish(self) -> None:
+        """Waits until everything enqueued is done."""
+        self.queue.finish()
+
+
+class Arena:
+    """A contiguous allocation that kernels see through sub-buffers and the host through numpy views.
+
+    On a CPU both are the same memory. Elsewhere the host side is a pinned mirror, and `pull` / `push` copy ranges.
+    """
+
+    def __init__(self, device: Device, nbytes: int):
+        self.device, self.nbytes = device, nbytes
+        flags = cl.mem_flags
+        try:
+            if device.host_memory:
+                self._host = aligned_bytes(nbytes)
+                self._buffer = cl.Buffer(device.context, flags.READ_WRITE | flags.USE_HOST_PTR, hostbuf=self._host)
+            else:
+                self._buffer = cl.Buffer(device.context, flags.READ_WRITE, nbytes)
+                self._pinned = cl.Buffer(device.context, flags.READ_WRITE | flags.ALLOC_HOST_PTR, nbytes)
+                access = cl.map_flags.READ | cl.map_flags.WRITE
+                self._host, _ = cl.enqueue_map_buffer(device.queue, self._pinned, access, 0, (nbytes,), np.uint8)
+                self._host[:] = 0
+                self.push(0, nbytes)
+        except (cl.Error, MemoryError) as error:
+            limit = device.cl.max_mem_alloc_size / 2**20
+            raise Refused(
+                f"{device.name} cannot allocate {nbytes / 2**20:.0f} MiB in one piece (limit {limit:.0f} MiB): {error}; "
+                "use a smaller --batch, --image or network, or more ranks"
+            ) from None
+        self._parts: dict[tuple[int, int], cl.Buffer] = {}
+
+    def buffer(self, offset: int, nbytes: int) -> cl.Buffer:
+        """The device side of a range; the same object for the same range."""
+        key = (offset, nbytes)
+        if key not in self._parts:
+            self._parts[key] = self._buffer.get_sub_region(offset, nbytes)
+        return self._parts[key]
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+        """The host side of a range. Valid after `finish` on a CPU, after `pull` elsewhere."""
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self._host[offset : offset + nbytes].view(dtype).reshape(shape)
+
+    def pull(self, offset: int, nbytes: int) -> None:
+        """Waits for the device and makes the host side of a range current."""
+        if self.device.host_memory:
+            self.device.finish()
+        else:
+            host = self._host[offset : offset + nbytes]
+            cl.enqueue_copy(self.device.queue, host, self._buffer, src_offset=offset, is_blocking=True)
+
+    def push(self, offset: int, nbytes: int) -> None:
+        """Makes the device side of a range current."""
+        if not self.device.host_memory:
+            host = self._host[offset : offset + nbytes]
+            cl.enqueue_copy(self.device.queue, self._buffer, host, dst_offset=offset, is_blocking=True)
+
+
+def aligned_bytes(nbytes: int) -> np.ndarray:
+    """Zeroed bytes on a page boundary: what kernels may address with aligned vectors and MPI may reduce in place."""
+    page = os.sysconf("SC_PAGESIZE")
+    raw = np.zeros(nbytes + page, np.uint8)
+    start = -raw.ctypes.data % page
+    return raw[start : start + nbytes]

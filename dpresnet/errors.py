@@ -1,0 +1,19 @@
+"""The ways a run ends on purpose, each with the exit code that launchers and schedulers read."""
+
+
+class Refused(Exception):
+    """Configuration or data that cannot work. The message is one line: the value, why, and the remedy."""
+
+    exit_code = 78
+
+
+class GaveUp(Exception):
+    """The numbers went wrong for good: no loss scale, or no state, from which training could go on."""
+
+    exit_code = 70
+
+
+class Stopped(Exception):
+    """Stopped on request after saving; the same command with ``--resume auto`` goes on bit for bit."""
+
+    exit_code = 75

@@ -1,0 +1,156 @@
+"""A network recorded for one device: its plans for training and evaluation, its state, and where everything lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpresnet.device import Device
+from dpresnet.errors import Refused
+from dpresnet.nn import FLOAT, Packed, Parameter, Recorder, State
+from dpresnet.ops import augment, cast, sgd
+from dpresnet.plan import Plan, Tensor, aligned, insert_ready, place_by_liveness, place_in_order
+from dpresnet.resnet import Options, resnet
+
+SHARED = ("parameter", "momentum", "buffer", "packed", "update")  # homes that the replicas of a process have in common
+PRIVATE = ("work", "gradient", "statistic", "io")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How 8-bit images become activations: mean and std per channel in 0..1, and the augmentation of training."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    padding: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One plan and the arrays through which the host feeds it and reads it."""
+
+    plan: Plan
+    control: Tensor
+    images: Tensor  # [N, C, H, W] u8 with ``samples``, or fp32 without
+    samples: Tensor | None
+    labels: Tensor
+    logits: Tensor
+    loss: Tensor
+    correct: Tensor
+
+    def host_tensors(self) -> list[Tensor]:
+        """Every array of the host's side."""
+        listed = [self.control, self.images, self.samples, self.labels, self.logits, self.loss, self.correct]
+        return [tensor for tensor in listed if tensor is not None]
+
+
+class Model:
+    """Everything about a network that does not change while it trains.
+
+    ``image`` is (channels, height, width), ``batch`` the images per replica. ``pixels`` says how 8-bit images are normalised;
+    None means that fp32 images arrive as they are.
+    """
+
+    def __init__(self, device: Device, arch: str, options: Options, image: tuple[int, int, int], batch: int,
+                 precision: str, smoothing: float = 0.0, pixels: Pixels | None = None):  # fmt: skip
+        self.device, self.arch, self.options, self.image = device, arch, options, image
+        self.batch, self.precision = batch, precision
+        self.state = State()
+        self._smoothing, self._pixels = smoothing, pixels
+        self.train, self.evaluate = self._record(train=True), self._record(train=False)
+        self.refresh = self._record_refresh()
+        self.gradients = [p.grad for p in reversed(self.parameters)]  # about the order in which backward finishes them
+        self.bytes = self._place()
+        self.hyper = Tensor("hyper", (1,), sgd.HYPER, "update", place=(0, 0))
+        self.update = self._record_update()
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """In the order of declaration."""
+        return list(self.state.parameters.values())
+
+    @property
+    def packed(self) -> list[Packed]:
+        """Working copies of weights."""
+        return list(self.state.packed.values())
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.size for parameter in self.parameters)
+
+    @property
+    def flops_per_image(self) -> int:
+        """Multiplications and additions of one training step, forward and backward, per image."""
+        return self.train.plan.flops // self.batch
+
+    def set_buckets(self, buckets: list[range]) -> None:
+        """Marks in the training plan where each bucket (a range of `gradients`) is complete."""
+        insert_ready(self.train.plan, [[self.gradients[i] for i in bucket] for bucket in buckets])
+
+    def gradient_slice(self, bucket: range) -> slice:
+        """The elements of the gradient arena that a bucket covers."""
+        first, last = self.gradients[bucket[0]], self.gradients[bucket[-1]]
+        return slice(first.place[1] // 4, (last.place[1] + aligned(last.nbytes)) // 4)
+
+    def _record(self, train: bool) -> Recorded:
+        channels, height, width = self.image
+        net = Recorder(self.state, self.device, self.precision, self.batch, train)
+        x = net.input(channels, height, width)
+        samples = None
+        if self._pixels is None:
+            images = Tensor("images", (self.batch, *self.image), FLOAT, "io")
+            cast.pack(net.plan, "input", images, x)
+        else:
+            if channels > 16:
+                raise Refused(f"images of {channels} channels: at most 16 are supported")
+            images = Tensor("images", (self.batch, *self.image), np.dtype(np.uint8), "io")
+            samples = Tensor("samples", (self.batch,), np.dtype(np.uint32), "io")
+            p = self._pixels
+            augment.normalise(net.plan, "input", images, samples, x, net.control, p.mean, p.std, p.padding, p.flip)
+        logits = resnet(net, x, self.arch, self.options)
+        labels, loss, correct = net.loss(logits, self._smoothing if train else 0.0)
+        if train:
+            net.backward()
+        return Recorded(net.plan, net.control, images, samples, labels, logits, loss, correct)
+
+    def _record_refresh(self) -> Plan:
+        plan = Plan(self.device, self.precision)
+        for packed in self.packed:
+            packed.record(plan)
+        return plan
+
+    def _record_update(self) -> Plan:
+        plan = Plan(self.device, self.precision)
+        elements = self.bytes["gradient"][0] // 4
+        whole = {home: Tensor(home, (elements,), FLOAT, home, place=(0, 0)) for home in ("parameter", "gradient", "momentum")}
+        sgd.update(plan, "update", whole["parameter"], whole["gradient"], whole["momentum"], self.hyper)
+        self.check = Plan(self.device, self.precision)
+        items = sgd.check_items(plan, elements)
+        self.found = Tensor("found", (items,), np.dtype(np.int32), "update", place=(0, aligned(self.hyper.nbytes)))
+        sgd.check(self.check, "check", whole["gradient"], self.found)
+        self.bytes["update"] = [aligned(self.hyper.nbytes) + aligned(self.found.nbytes)]
+        return plan
+
+    def _place(self) -> dict[str, list[int]]:
+        """Places every tensor; returns the bytes of the chunks of each home."""
+        backwards = self.parameters[::-1]
+        recorded = (self.train, self.evaluate)
+        listed = [t for r in recorded for t in (*r.plan.tensors(), *r.host_tensors())]
+        unique = list({id(t): t for t in listed}.values())
+        limit = self.device.cl.max_mem_alloc_size
+        work = [place_by_liveness(r.plan, limit) for r in recorded]
+        longest = max(map(len, work))
+        padded = [[*chunks, *[0] * (longest - len(chunks))] for chunks in work]
+        return {
+            "parameter": [place_in_order([p.value for p in backwards])],
+            "momentum": [place_in_order([p.momentum for p in backwards])],
+            "gradient": [place_in_order([p.grad for p in backwards])],
+            "buffer": [place_in_order([b.value for b in self.state.buffers.values()])],
+            "packed": [place_in_order([p.tensor for p in self.packed])],
+            "statistic": [place_in_order([t for t in unique if t.home == "statistic"])],
+            "io": [place_in_order([t for t in unique if t.home == "io"])],
+            "work": [max(pair) for pair in zip(*padded, strict=True)],
+        }

@@ -1,0 +1,1 @@
+"""Launchers, one module per kernel stem: check shapes, choose work sizes, append the launch to a plan."""

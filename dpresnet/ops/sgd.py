@@ -1,0 +1,26 @@
+"""The optimizer over the whole arena of parameters: kernels/sgd.cl appended to a plan."""
+
+import numpy as np
+
+from dpresnet.plan import Plan, Tensor
+
+HYPER = np.dtype(  # the struct of kernels/sgd.cl
+    [(name, np.float32) for name in ("lr", "momentum", "weight_decay", "nesterov", "grad_factor")]
+)
+
+
+def update(plan: Plan, name: str, param: Tensor, grad: Tensor, momentum: Tensor, hyper: Tensor) -> None:
+    """PyTorch's SGD rule on flat fp32 arenas of equal layout, in place."""
+    plan.elementwise(name, "sgd_update", param.size, [param, grad, momentum, hyper], [param, momentum])
+
+
+def check(plan: Plan, name: str, grad: Tensor, found: Tensor) -> None:
+    """found [work-items] int32: 1 where a range of the gradients holds an infinity or NaN."""
+    plan.elementwise(name, "sgd_check", grad.size, [grad, found], [found])
+
+
+def check_items(plan: Plan, elements: int) -> int:
+    """Work-items of `check`, the length of ``found``."""
+    probe = Plan(plan.device, "fp32")
+    probe.elementwise("", "sgd_check", elements, [], [])
+    return probe.entries[0].size[0]

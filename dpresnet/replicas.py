@@ -1,0 +1,148 @@
+"""The replicas of one process: their memory, their bound kernels, and the loop that replays a plan.
+
+A process with several replicas runs each entry for every one of them before the next entry. So one process emulates any
+number of ranks, and a rank with one replica runs the same loop of length one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyopencl as cl
+
+from dpresnet.model import PRIVATE, SHARED, Model, Recorded
+from dpresnet.plan import Exchange, Launch, Memory, Plan, Ready, Tensor, bind
+
+Handler = Callable[..., None]
+
+
+class NonFinite(ArithmeticError):
+    """An entry produced an infinity or NaN; ``index`` counts entries of the plan, ``replica`` is global."""
+
+    def __init__(self, index: int, name: str, tensor: str, replica: int):
+        super().__init__(f"entry {index} ({name}) of replica {replica} wrote a non-finite value into {tensor}")
+        self.index = index
+
+
+@dataclass
+class Replica:
+    """One replica of this process; ``number`` counts over all processes."""
+
+    number: int
+    memory: Memory
+    kernels: dict[Plan, list[cl.Kernel | None]]
+
+
+class Replicas:
+    """``count`` replicas of a model, the first of which is number ``first`` of all."""
+
+    def __init__(self, model: Model, first: int, count: int):
+        self.model, self.device = model, model.device
+        shared = {home: self._arenas(home) for home in SHARED}
+        self._constants: dict[int, cl.Buffer] = {}  # kept: setting a kernel's argument does not keep the buffer alive
+        constants = self._constants
+        self.all: list[Replica] = []
+        for number in range(first, first + count):
+            memory = Memory({**shared, **{home: self._arenas(home) for home in PRIVATE}})
+            plans = (model.train.plan, model.evaluate.plan)
+            self.all.append(Replica(number, memory, {plan: bind(plan, memory, constants) for plan in plans}))
+        leader = self.all[0]
+        for plan in (model.refresh, model.update, model.check):
+            leader.kernels[plan] = bind(plan, leader.memory, constants)
+        self.memory = leader.memory  # parameters, momentum and running statistics are the same for all
+
+    def _arenas(self, home: str) -> list:
+        return [self.device.arena(nbytes) for nbytes in self.model.bytes[home]]
+
+    def enqueue(self, launch: Launch, kernel: cl.Kernel) -> cl.Event:
+        """Starts one launch. On a CPU a work-item is a task of its own; elsewhere the driver groups them."""
+        local = (1,) * len(launch.size) if self.device.host_memory else None
+        return cl.enqueue_nd_range_kernel(self.device.queue, kernel, launch.size, local)
+
+    def run_shared(self, plan: Plan) -> None:
+        """Replays a plan on what the replicas share."""
+        for launch, kernel in zip(plan, self.all[0].kernels[plan], strict=True):
+            self.enqueue(launch, kernel)
+
+    def run(self, plan: Plan, exchange: Handler, ready: Handler, check: bool = False) -> None:
+        """Replays a plan on every replica.
+
+        ``exchange(entry)`` is called when replicas must agree; it has to wait for the device itself. ``ready(bucket, event)``
+        is called when all launches of a bucket are enqueued. With ``check`` each entry is finished and searched for
+        non-finite values; NonFinite names the first.
+        """
+        event = None
+        for index, entry in enumerate(plan):
+            match entry:
+                case Launch():
+                    for replica in self.all:
+                        event = self.enqueue(entry, replica.kernels[plan][index])
+                    if check:
+                        self.find_non_finite(index, entry.name, entry.writes)
+                case Exchange():
+                    exchange(entry)
+                    if check:
+                        self.find_non_finite(index, entry.name, (entry.target,))
+                case Ready():
+                    ready(entry.bucket, event)
+
+    def find_non_finite(self, index: int, name: str, tensors: tuple[Tensor, ...]) -> None:
+        """Raises NonFinite if an entry wrote one."""
+        for replica in self.all:
+            for tensor in tensors:
+                values = replica.memory.read(tensor)
+                if values.dtype.kind == "f" and not np.isfinite(values).all():
+                    raise NonFinite(index, name, tensor.name, replica.number)
+
+    def warm(self) -> None:
+        """Runs every kernel once on cleared memory, so that the driver compiles what it compiles at the first launch."""
+        replica = self.all[0]
+        for plan, kernels in replica.kernels.items():
+            seen = set()
+            for entry, kernel in zip(plan, kernels, strict=True):
+                if isinstance(entry, Launch):
+                    key = (entry.stem, entry.verb, entry.defines)
+                    if key not in seen:
+                        seen.add(key)
+                        self.enqueue(entry, kernel)
+        self.device.finish()
+
+    def feed(self, recorded: Recorded, batches: list[tuple], control: dict[str, float]) -> None:
+        """Hands each replica its (images, labels, samples); short batches leave old images in place, marked invalid."""
+        for replica, (images, labels, samples) in zip(self.all, batches, strict=True):
+            memory, count = replica.memory, len(images)
+            values = np.zeros(1, recorded.control.dtype)
+            for name, value in {**control, "valid": count}.items():
+                values[name] = value
+            memory.write(recorded.control, values)
+            for tensor, array in ((recorded.images, images), (recorded.labels, labels), (recorded.samples, samples)):
+                if tensor is not None and count:
+                    memory.view(tensor)[:count] = array
+                    memory.write(tensor, memory.view(tensor))
+
+    # State by name: numpy views on the host side of the shared arenas.
+
+    def parameter(self, name: str, part: str = "value") -> np.ndarray:
+        """A parameter (or its "momentum") in its logical shape; call `device.finish` before reading."""
+        parameter = self.model.state.parameters[name]
+        return self.memory.view(getattr(parameter, part)).ravel()[: parameter.size].reshape(parameter.shape)
+
+    def buffer(self, name: str) -> np.ndarray:
+        """A running statistic [channels]."""
+        buffer = self.model.state.buffers[name]
+        return self.memory.view(buffer.value)[: buffer.channels]
+
+    def pull_state(self) -> None:
+        """Makes the host side of the state current."""
+        for home in ("parameter", "momentum", "buffer"):
+            for arena in self.memory.homes[home]:
+                arena.pull(0, arena.nbytes)
+
+    def push_state(self) -> None:
+        """Makes the device side of the state current, and the working copies with it."""
+        for home in ("parameter", "momentum", "buffer"):
+            for arena in self.memory.homes[home]:
+                arena.push(0, arena.nbytes)
+        self.run_shared(self.model.refresh)

@@ -1,0 +1,277 @@
+"""One training step over all replicas: replay, exchange, reduce, agree, update.
+
+A `Trainer` joins the OpenCL side (`Replicas`) and the ranks (`Comm`). With a `Solo` communicator it trains any number of
+replicas in one process, by the same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyopencl as cl
+
+from dpresnet.amp import LossScaler
+from dpresnet.buckets import TreeAllreduce, plan_buckets
+from dpresnet.comm import Comm
+from dpresnet.errors import GaveUp
+from dpresnet.exchange import TreeExchange, add, merge_moments
+from dpresnet.model import Model, Recorded
+from dpresnet.ops.batchnorm import EPS
+from dpresnet.ops.sgd import HYPER
+from dpresnet.plan import Exchange, aligned
+from dpresnet.replicas import NonFinite, Replicas
+
+RUNNING_MOMENTUM = 0.1  # of the running statistics
+NAP_S = 5e-5  # between looks at the device while buckets are under way
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Constants of the optimizer."""
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Sums over a global batch: images, loss (not scaled), correct answers, and what the ranks agreed on."""
+
+    count: int
+    loss: float
+    correct: int
+    skipped: bool = False
+    stop: bool = False
+
+
+class Trainer:
+    """``replicas`` replicas of a model over the ranks of ``comm``; each rank owns an equal, contiguous range."""
+
+    def __init__(self, model: Model, comm: Comm, replicas: int, *, sync: bool = True, scaler: LossScaler | None = None,
+                 first_bucket_mb: float = 1.0, bucket_mb: float = 25.0, check: bool = False):  # fmt: skip
+        self.model, self.comm, self.sync, self.check = model, comm, sync, check
+        self.scaler = scaler or (LossScaler() if model.precision == "fp16" else LossScaler.disabled())
+        self._exchange = TreeExchange(comm, replicas)
+        sizes = [aligned(gradient.nbytes) for gradient in model.gradients]
+        ranges = plan_buckets(sizes, first_bucket_mb, bucket_mb)
+        model.set_buckets(ranges)
+        self.buckets = [model.gradient_slice(bucket) for bucket in ranges]
+        self._reduce = TreeAllreduce(comm, replicas, self.buckets)
+        self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own))
+        self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
+        self._moments: dict[str, np.ndarray] = {}  # merged statistics of this step, by layer
+        self._local: dict[str, list[np.ndarray]] = {}  # without sync: those of each replica
+
+    @property
+    def replicas_range(self) -> range:
+        """The replicas of this rank, by their number among all."""
+        return self._exchange.own
+
+    # A step
+
+    def step(self, batches: Sequence[tuple], count: int, lr: float, hyper: Hyper, *, seed: int = 0, epoch: int = 0,
+             stop: bool = False) -> Outcome:  # fmt: skip
+        """Trains on one global batch of ``count`` images, of which ``batches`` are those of this rank's replicas.
+
+        Each is (images, labels, sample indices). ``stop`` is this rank's wish to end; the outcome says whether any rank has
+        it. A step with non-finite gradients changes nothing but the loss scaler. Raises GaveUp at its floor.
+        """
+        self.forward_backward(batches, count, seed=seed, epoch=epoch, augment=True)
+        loss, correct, wishes = self._sums(self.model.train, batches, int(stop))
+        skipped = not np.isfinite(loss) or self._found_non_finite()
+        try:
+            scaler = self.scaler.after(skipped)
+        except GaveUp as error:
+            raise GaveUp(f"{error}; {self.explain(batches, count, seed, epoch)}") from None
+        if not skipped:
+            self._update(lr, hyper)
+        self.scaler = scaler
+        return Outcome(count, loss, correct, skipped, wishes > 0)
+
+    def forward_backward(self, batches: Sequence[tuple], count: int, *, seed: int = 0, epoch: int = 0,
+                         augment: bool = False) -> None:  # fmt: skip
+        """Leaves the sum of the scaled gradients in the gradient arena of this rank's first replica."""
+        self._moments.clear()
+        self._local.clear()
+        self._feed(self.model.train, batches, count, seed, epoch, augment)
+        self.replicas.run(self.model.train.plan, self._agree, self._mark_ready, self.check)
+        while self._ready:
+            self._ready[0][1].wait()
+            self._progress()
+        self._reduce.wait()
+        arena = self.replicas.memory.homes["gradient"][0]
+        arena.push(0, arena.nbytes)
+        if self._local:
+            self._merge_local()
+
+    def evaluate(self, batches: Sequence[tuple]) -> Outcome:
+        """Loss and correct answers of one global batch with running statistics."""
+        self._feed(self.model.evaluate, batches, 1, 0, 0, False)
+        self.replicas.run(self.model.evaluate.plan, self._agree, self._mark_ready, self.check)
+        loss, correct, _ = self._sums(self.model.evaluate, batches, 0)
+        return Outcome(sum(len(images) for images, *_ in batches), loss, correct)
+
+    def _feed(self, recorded: Recorded, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool) -> None:
+        control = {"seed": seed, "epoch": epoch, "augment": augment, "grad_scale": self.scaler.scale / count}
+        self._valid = [len(images) for images, *_ in batches]
+        self.replicas.feed(recorded, list(batches), control)
+
+    def _update(self, lr: float, hyper: Hyper) -> None:
+        values = np.zeros(1, HYPER)
+        values["lr"], values["momentum"], values["weight_decay"] = lr, hyper.momentum, hyper.weight_decay
+        values["nesterov"], values["grad_factor"] = hyper.nesterov, 1 / self.scaler.scale
+        self.replicas.memory.write(self.model.hyper, values)
+        self.replicas.run_shared(self.model.update)
+        self.replicas.run_shared(self.model.refresh)
+        self._commit_running_statistics()
+
+    def _found_non_finite(self) -> bool:
+        """Whether the reduced gradients, the same bits on every rank, hold an infinity or NaN."""
+        self.replicas.run_shared(self.model.check)
+        return bool(self.replicas.memory.read(self.model.found).any())
+
+    def _sums(self, recorded: Recorded, batches: Sequence[tuple], stop: int) -> tuple[float, int, int]:
+        """Loss, correct answers and wishes to stop, summed over all replicas."""
+        rows = []
+        for replica, (images, *_) in zip(self.replicas.all, batches, strict=True):
+            loss = replica.memory.read(recorded.loss)[: len(images)]
+            correct = replica.memory.read(recorded.correct)[: len(images)]
+            rows.append(np.array([loss.sum(dtype=np.float64), correct.sum(dtype=np.float64), stop]))
+        loss, correct, wishes = self._exchange.combine(rows, add)
+        return float(loss), int(correct), int(wishes)
+
+    # Buckets
+
+    def _mark_ready(self, bucket: int, event: cl.Event) -> None:
+        self.replicas.device.queue.flush()
+        self._ready.append((bucket, event))
+        self._progress()
+
+    def _progress(self) -> None:
+        """Starts the reduction of buckets whose kernels are done, and lets MPI work on those under way."""
+        while self._ready and self._ready[0][1].command_execution_status == cl.command_execution_status.COMPLETE:
+            self._start_bucket(self._ready.pop(0)[0])
+        self._reduce.progress()
+
+    def _start_bucket(self, bucket: int) -> None:
+        part = self.buckets[bucket]
+        offset, nbytes = 4 * part.start, 4 * (part.stop - part.start)
+        arenas = [replica.memory.homes["gradient"][0] for replica in self.replicas.all]
+        if not self.replicas.device.host_memory:
+            for arena in arenas:
+                arena.pull(offset, nbytes)
+        leaves = [arena.view(offset, (part.stop - part.start,), np.float32) for arena in arenas]
+        self._reduce.start(bucket, leaves, leaves[0])
+
+    # Batch-norm exchanges
+
+    def _agree(self, entry: Exchange) -> None:
+        """Waits for the entry's values, combines them over the replicas and writes the result for each."""
+        self._wait_for_device()
+        channels = entry.source.shape[1]
+        rows = [
+            np.concatenate([[valid * entry.pixels], replica.memory.read(entry.source).ravel()], dtype=np.float64)
+            for replica, valid in zip(self.replicas.all, self._valid, strict=True)
+        ]
+        combine = merge_moments if entry.kind == "statistics" else add
+        if self.sync:
+            rows = [self._exchange.combine(rows, combine)] * len(rows)
+        for replica, row in zip(self.replicas.all, rows, strict=True):
+            values = row[1:].reshape(2, channels)
+            target = moments(row[0], *values) if entry.kind == "statistics" else values / max(row[0], 1.0)
+            replica.memory.write(entry.target, target)
+        if entry.kind == "statistics":
+            self._moments[entry.name] = rows[0]
+            if not self.sync:
+                self._local[entry.name] = rows
+
+    def _wait_for_device(self) -> None:
+        """Like `device.finish`, but buckets under way go on."""
+        queue = self.replicas.device.queue
+        if self._ready or self._reduce.running:
+            event = cl.enqueue_marker(queue)
+            queue.flush()
+            while event.command_execution_status != cl.command_execution_status.COMPLETE:
+                self._progress()
+                time.sleep(NAP_S)
+        queue.finish()
+
+    def _merge_local(self) -> None:
+        """Without sync, running statistics still are those of the global batch: one exchange for all layers."""
+        names = list(self._local)
+        widths = [self._local[name][0].size for name in names]
+        rows = [np.concatenate(parts) for parts in zip(*self._local.values(), strict=True)]
+        bounds = np.cumsum([0, *widths])
+
+        def combine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+            return np.concatenate(
+                [merge_moments(left[a:b], right[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+            )
+
+        merged = self._exchange.combine(rows, combine)
+        self._moments = {name: merged[a:b] for name, a, b in zip(names, bounds[:-1], bounds[1:], strict=True)}
+
+    def _commit_running_statistics(self) -> None:
+        """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2)."""
+        for name, row in self._moments.items():
+            count, (mean, m2) = row[0], np.split(row[1:], 2)
+            for suffix, value in (("running_mean", mean), ("running_var", m2 / max(count - 1, 1))):
+                buffer = self.model.state.buffers[f"{name}.{suffix}"]
+                old = self.replicas.buffer(f"{name}.{suffix}")
+                full = self.replicas.memory.view(buffer.value)
+                full[: buffer.channels] = (1 - RUNNING_MOMENTUM) * old + RUNNING_MOMENTUM * value[: buffer.channels]
+                self.replicas.memory.write(buffer.value, full)
+
+    # State
+
+    def explain(self, batches: Sequence[tuple], count: int, seed: int, epoch: int) -> str:
+        """Replays the batch entry by entry and names the first non-finite value over all ranks."""
+        self.check, found = True, None
+        plan = self.model.train.plan
+        try:
+            self._feed(self.model.train, batches, count, seed, epoch, True)
+            self.replicas.run(plan, self._agree, lambda bucket, event: None, check=True)
+        except NonFinite as error:
+            found = error
+        answers = [a for a in self.comm.gather((found.index, str(found)) if found else None) if a]
+        return f"first: {min(answers)[1]}" if answers else "no single entry is non-finite: the sum over the replicas is"
+
+    def digest(self) -> str:
+        """SHA-256 over the fp32 parameters and running statistics in the order of their names."""
+        self.replicas.pull_state()
+        views = {name: self.replicas.parameter(name) for name in self.model.state.parameters}
+        views |= {name: self.replicas.buffer(name) for name in self.model.state.buffers}
+        total = hashlib.sha256()
+        for name in sorted(views):
+            total.update(np.ascontiguousarray(views[name]).tobytes())
+        return total.hexdigest()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The trained state as a checkpoint stores it: param/, momentum/ and buffer/ by name (copies)."""
+        self.replicas.pull_state()
+        state = self.model.state
+        found = {f"param/{name}": self.replicas.parameter(name).copy() for name in state.parameters}
+        found |= {f"momentum/{name}": self.replicas.parameter(name, "momentum").copy() for name in state.parameters}
+        return found | {f"buffer/{name}": self.replicas.buffer(name).copy() for name in state.buffers}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """The inverse of `arrays`; names and shapes must be those of the model."""
+        self.replicas.device.finish()
+        for key, value in arrays.items():
+            group, name = key.split("/", 1)
+            parts = {"param": "value", "momentum": "momentum"}
+            target = self.replicas.buffer(name) if group == "buffer" else self.replicas.parameter(name, parts[group])
+            target[...] = value
+        self.replicas.push_state()
+
+
+def moments(count: float, mean: np.ndarray, m2: np.ndarray) -> np.ndarray:
+    """[2, C] = mean and 1 / sqrt(variance + eps) of ``count`` values per channel; zeros for none."""
+    if count == 0:
+        return np.zeros((2, mean.size))
+    return np.stack([mean, 1 / np.sqrt(m2 / count + EPS)])

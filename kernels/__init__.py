@@ -1,0 +1,1 @@
+"""OpenCL C sources, one per operation; read with importlib.resources by `dpresnet.device`."""

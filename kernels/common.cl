@@ -1,0 +1,94 @@
+// common.cl - what every kernel shares; the build puts this text in front of each source.
+//
+// Activations are stored as [image][channel block][row][column][BLOCK]: BLOCK = 16 neighbouring channels lie together, so
+// that one vector holds channels of one pixel. Lanes beyond the last channel are zero, always: no kernel has to mask them.
+//
+// HALF   1: activations and their gradients are stored as fp16; 0: as fp32. Arithmetic is fp32 either way.
+// VEC    lanes of the vectors the device computes with: 16 (AVX-512), 8 (AVX2, NEON pairs), 1 (a GPU: lanes are work-items).
+// ITEMS  vectors that one work-item of an elementwise kernel handles, one after the other.
+#ifndef HALF
+#define HALF 0
+#endif
+#ifndef VEC
+#define VEC 8
+#endif
+#ifndef ITEMS
+#define ITEMS 1
+#endif
+
+#define BLOCK 16
+#define PARTS (BLOCK / VEC)  // vectors that make up one pixel of a channel block
+#define UNROLL __attribute__((opencl_unroll_hint))
+#define SINGLE __attribute__((reqd_work_group_size(1, 1, 1)))
+
+#pragma OPENCL FP_CONTRACT ON  // a * b + c is one fused operation; calling fma() may not be inlined
+
+#define PASTE_(a, b) a##b
+#define PASTE(a, b) PASTE_(a, b)
+
+#if VEC == 1
+typedef float vec;
+typedef int veci;
+#else
+typedef PASTE(float, VEC) vec;
+typedef PASTE(int, VEC) veci;
+#endif
+
+// fp32 memory: plain dereferences, so every address must be a multiple of the vector (arenas and blocks are).
+#define LOADF(p) (*(__global const vec *)(p))
+#define STOREF(v, p) (*(__global vec *)(p) = (v))
+#define LOADL(p) (*(__local const vec *)(p))
+#define STOREL(v, p) (*(__local vec *)(p) = (v))
+
+// fp16 memory: conversions of whole vectors. A runtime whose compiler does not know the CPU cannot inline its own
+// vload_half / vstore_half (a call each), so where the compiler offers the instruction itself we name it.
+#if VEC == 1
+#define LOADH(p) vload_half(0, (p))
+#define STOREH(v, p) vstore_half((v), 0, (p))
+#elif VEC == 8 && defined(__F16C__) && defined(__clang__) && !defined(PORTABLE_HALF)
+#define LOADH(p) __builtin_ia32_vcvtph2ps256(*(__global const short8 *)(p))
+#define STOREH(v, p) (*(__global short8 *)(p) = __builtin_ia32_vcvtps2ph256((v), 0))
+#else
+#define LOADH(p) PASTE(vload_half, VEC)(0, (p))
+#define STOREH(v, p) PASTE(vstore_half, VEC)((v), 0, (p))
+#endif
+
+// The value that fp16 storage would give back.
+#if VEC == 8 && defined(__F16C__) && defined(__clang__) && !defined(PORTABLE_HALF)
+#define ROUND_HALF(v) __builtin_ia32_vcvtph2ps256(__builtin_ia32_vcvtps2ph256((v), 0))
+#else
+vec ROUND_HALF(const vec v)
+{
+    ushort bits[VEC];
+#if VEC == 1
+    vstore_half(v, 0, (half *)bits);
+    return vload_half(0, (half *)bits);
+#else
+    PASTE(vstore_half, VEC)(v, 0, (half *)bits);
+    return PASTE(vload_half, VEC)(0, (half *)bits);
+#endif
+}
+#endif
+
+#if HALF
+typedef half act;
+#define LOAD(p) LOADH(p)
+#define STORE(v, p) STOREH(v, p)
+#else
+typedef float act;
+#define LOAD(p) LOADF(p)
+#define STORE(v, p) STOREF(v, p)
+#endif
+
+// The elements of one work-item of an elementwise kernel.
+#define FLAT(i) \
+    for (int i = get_global_id(0) * ITEMS * VEC; i < min(elements, ((int)get_global_id(0) + 1) * ITEMS * VEC); i += VEC)
+
+// What the host tells a replica before each step; see `Control` in dpresnet/plan.py.
+typedef struct {
+    int valid;         // images of this batch that count; the others are padding of a short last batch
+    uint seed;         // of the run: augmentation is a function of (seed, epoch, sample)
+    uint epoch;
+    int augment;       // 1: random crop and flip, 0: evaluation
+    float grad_scale;  // loss scale / number of images in the global batch
+} Control;

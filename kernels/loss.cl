@@ -1,0 +1,32 @@
+// loss.cl - softmax cross-entropy with label smoothing (Szegedy et al. 2016, section 7) and its gradient, in fp32.
+// logits, dlogits [images][pad]; the target of class k is (1 - smoothing) [k == label] + smoothing / classes.
+// dlogits carries loss scale / global batch, so gradients need no later division. One work-item per image.
+
+__kernel void loss_softmax(__global const float *restrict logits, __global const int *restrict labels,
+                           __global float *restrict loss,     // [images], 0 for images that do not count
+                           __global float *restrict correct,  // [images], 1 where the label's logit is the first largest, none NaN
+                           __global float *restrict dlogits, __global const Control *restrict control, const int classes,
+                           const int pad, const float smoothing)
+{
+    const long n = get_global_id(0);
+    __global const float *z = logits + n * pad;
+    __global float *dz = dlogits + n * pad;
+    for (int k = 0; k < pad; k++) dz[k] = 0;
+    loss[n] = correct[n] = 0;
+    if (n >= control->valid) return;
+
+    int best = 0;
+    float total = 0, sum = 0;
+    for (int k = 1; k < classes; k++)
+        if (z[k] > z[best]) best = k;
+    for (int k = 0; k < classes; k++) {
+        total += exp(z[k] - z[best]);
+        sum += z[k] - z[best];
+    }
+    const float norm = log(total), even = smoothing / classes;
+    const int label = labels[n];
+    loss[n] = norm - (1 - smoothing) * (z[label] - z[best]) - even * sum;
+    correct[n] = best == label && !isnan(total);
+    for (int k = 0; k < classes; k++)
+        dz[k] = (exp(z[k] - z[best] - norm) - (k == label ? 1 - smoothing : 0) - even) * control->grad_scale;
+}

@@ -1,0 +1,30 @@
+// sgd.cl - one pass over the arena of all parameters: momentum, Nesterov, weight decay on fp32 masters.
+
+typedef struct {
+    float lr, momentum, weight_decay, nesterov;  // nesterov: 1 or 0
+    float grad_factor;                           // 1 / loss scale
+} Hyper;
+
+// g = grad * grad_factor + weight_decay * p;  m = momentum * m + g;  p -= lr * (nesterov ? g + momentum * m : m)
+// (Sutskever et al. 2013 in the form of PyTorch's SGD).
+__kernel void sgd_update(const int elements, __global float *restrict param, __global const float *restrict grad,
+                         __global float *restrict momentum, __global const Hyper *restrict hyper)
+{
+    FLAT(i) {
+        const vec p = LOADF(param + i);
+        const vec g = LOADF(grad + i) * hyper->grad_factor + p * hyper->weight_decay;
+        const vec m = LOADF(momentum + i) * hyper->momentum + g;
+        const vec step = hyper->nesterov > 0 ? m * hyper->momentum + g : m;
+        STOREF(m, momentum + i);
+        STOREF(p - step * hyper->lr, param + i);
+    }
+}
+
+// found[work-item] = 1 where a gradient is infinite or NaN (all exponent bits set), else 0.
+__kernel void sgd_check(const int elements, __global const float *restrict grad, __global int *restrict found)
+{
+    int bad = 0;
+    for (int i = get_global_id(0) * ITEMS * VEC; i < min(elements, ((int)get_global_id(0) + 1) * ITEMS * VEC); i++)
+        bad |= (as_int(grad[i]) & 0x7f800000) == 0x7f800000;
+    found[get_global_id(0)] = bad;
+}

@@ -1,0 +1,67 @@
+"""The optimizer: several steps in place, and the check for gradients that are no numbers."""
+
+import numpy as np
+import pytest
+from harness import Bench, assert_close, each_mode, struct_in, tolerance
+
+from dpresnet import reference
+from dpresnet.ops import sgd as ops
+from dpresnet.plan import CONTROL
+
+SIZES = [16, 16 * 35, 16 * 129]  # less than one work-item, a remainder, several full ones
+STEPS = 3
+
+
+def hyper(lr: float, momentum: float, weight_decay: float, nesterov: bool, grad_factor: float) -> np.ndarray:
+    return np.array([(lr, momentum, weight_decay, nesterov, grad_factor)], ops.HYPER)
+
+
+@each_mode
+@pytest.mark.parametrize("elements", SIZES)
+@pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.0625])
+def test_steps_in_place(mode, elements, nesterov, weight_decay):
+    """Three steps on one gradient, which carries a loss scale of 1024. The constants are exact in fp32."""
+    bench = Bench(mode)
+    param, grad, buffer = (bench.draw(elements) for _ in range(3))
+    tensors = bench.array(param), bench.array(1024 * grad), bench.array(buffer)
+    settings = bench.array(hyper(0.125, 0.75, weight_decay, nesterov, 1 / 1024), ops.HYPER)
+    for _ in range(STEPS):
+        ops.update(bench.plan, "sgd", *tensors, settings)
+        param, buffer = reference.sgd_update(param, grad, buffer, 0.125, 0.75, weight_decay, nesterov)
+    bench.run()
+    for tensor, expected in ((tensors[0], param), (tensors[2], buffer)):
+        assert_close(bench.read(tensor), expected, tolerance(tensor.dtype, 6 * STEPS))
+
+
+@each_mode
+@pytest.mark.parametrize("elements", SIZES)
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_check_finds_one_bad_gradient(mode, elements, bad):
+    first, middle, last = (check(mode, elements, {place: bad}) for place in (0, elements // 2, elements - 1))
+    assert first.sum() == middle.sum() == last.sum() == 1
+    assert first[0] == last[-1] == 1
+
+
+@each_mode
+@pytest.mark.parametrize("elements", SIZES)
+def test_check_passes_every_number(mode, elements):
+    largest = float(np.finfo(np.float32).max)
+    assert not check(mode, elements, {0: largest, 1: -largest, 2: 1e-45, 3: -0.0, elements - 1: largest}).any()
+
+
+def check(mode, elements: int, special: dict[int, float]) -> np.ndarray:
+    bench = Bench(mode)
+    grad = bench.draw(elements)
+    for place, value in special.items():
+        grad[place] = value
+    found = bench.out_array(ops.check_items(bench.plan, elements), dtype=np.int32)
+    ops.check(bench.plan, "check", bench.array(grad), found)
+    bench.run()
+    return bench.read(found)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("Hyper", ops.HYPER), ("Control", CONTROL)])
+def test_host_and_kernels_agree_on_structs(name, dtype):
+    struct = struct_in("sgd", name)
+    assert struct.descr == dtype.descr and struct.itemsize == dtype.itemsize

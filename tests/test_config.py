@@ -1,0 +1,246 @@
+"""The configuration: flags, help, refusals, digest and the rule for resuming."""
+
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+
+from dpresnet import config
+from dpresnet.config import Config, check_resume, digest, from_json, parse, to_json, validate
+from dpresnet.errors import Refused
+
+RESOLVED = Config(replicas=4, num_classes=10, shortcut="A")
+
+# One value per field that differs from the default; flags that need company bring it along.
+OTHER = {
+    "arch": "resnet50", "stem": "imagenet", "shortcut": "C", "block": "v2", "zero_init_residual": True,
+    "num_classes": 7, "dataset": "folder/flowers.h5", "image": 48, "channels": 1, "batch": 5, "replicas": 12,
+    "bn": "local", "precision": "fp32", "epochs": 3, "steps": 17, "seed": 2**32 - 1, "lr": 0.125, "schedule": "step",
+    "warmup_epochs": 0.5, "momentum": 0.0, "nesterov": False, "weight_decay": 1e-4, "label_smoothing": 0.1,
+    "bucket_mb": 4.5, "first_bucket_mb": 0.25, "out": "some/where", "resume": "auto", "save_every_epochs": 0,
+    "save_every_steps": 100, "keep": 1, "device": "pocl", "threads": 2, "debug": True, "dry_run": True,
+}
+MAY_CHANGE = {
+    "steps", "bucket_mb", "first_bucket_mb", "out", "resume", "save_every_epochs", "save_every_steps", "keep", "device",
+    "threads", "debug", "dry_run",
+}
+COMPANY = {"image": ["--dataset", "synthetic"], "channels": ["--dataset", "synthetic"]}
+
+
+def argument(name: str, value: object) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-")]
+    return [flag, str(value)]
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(Refused) as caught:
+        parse(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_table_of_this_file_covers_every_field():
+    assert set(OTHER) == {spec.name for spec in fields(Config)}
+    assert not [name for name, value in OTHER.items() if value == getattr(Config(), name)]
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_each_flag_sets_its_field_and_no_other(name):
+    cfg = parse([*COMPANY.get(name, []), *argument(name, OTHER[name])])
+    assert getattr(cfg, name) == OTHER[name]
+    assert type(getattr(cfg, name)) is type(getattr(Config(), name))
+    derived = {"out"} if name in ("arch", "dataset", *COMPANY) else {"warmup_epochs"} if name == "epochs" else set()
+    changed = {spec.name for spec in fields(Config) if getattr(cfg, spec.name) != spec.default}
+    assert changed - derived - ({"dataset"} if name in COMPANY else set()) == {name}
+
+
+def test_no_flags_give_the_defaults_and_the_defaults_are_valid():
+    assert parse([]) == Config()
+
+
+def test_all_flags_together_also_joined_by_an_equals_sign():
+    values = OTHER | {"dataset": "synthetic"}
+    spaced = parse([word for name, value in values.items() for word in argument(name, value)])
+    joined = parse(["=".join(argument(name, value)) for name, value in values.items()])
+    assert spaced == joined == Config(**values)
+
+
+def test_the_configuration_cannot_be_changed_in_place():
+    with pytest.raises(FrozenInstanceError):
+        Config().lr = 1.0
+
+
+@pytest.mark.parametrize("argv, name, expected", [
+    (["--arch", "plain56"], "out", "runs/digits-plain56"),
+    (["--dataset", "/data/flowers.h5"], "out", "runs/flowers-resnet20"),
+    (["--dataset", "synthetic", "--out", "x"], "out", "x"),
+    (["--epochs", "1"], "warmup_epochs", 0.5),
+    (["--epochs", "100"], "warmup_epochs", 2.0),
+    (["--epochs", "1", "--warmup-epochs", "1"], "warmup_epochs", 1.0),
+])
+def test_defaults_that_follow_from_other_flags(argv, name, expected):
+    assert getattr(parse(argv), name) == expected
+
+
+# ------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_lists_every_field_in_its_group_with_choices_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # nothing is wrapped
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    titles = list(dict.fromkeys(spec.metadata["group"] for spec in fields(Config)))
+    headings = [text.index(f" {title}: --") for title in titles]
+    assert headings == sorted(headings) and len(headings) == 7
+    for spec in fields(Config):
+        start = text.index(" " + argument(spec.name, True)[0] + ("," if spec.type is bool else " "))
+        entry = text[start:text.index("(default: ", start) + 40]
+        shown = {"True": "on", "False": "off"}.get(str(spec.default), spec.default)
+        shown = {"out": "runs/DATASET-ARCH", "resume": "start anew"}.get(spec.name, shown)
+        assert f"(default: {shown}" in entry, spec.name
+        assert " ".join(spec.metadata["help"].split()) in entry, spec.name
+        assert all(choice in entry for choice in spec.metadata.get("choices", ())), spec.name
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("argv, words", [
+    # the flags themselves
+    (["--batsh", "64"], ["'--batsh'", "did you mean --batch?", "--help"]),
+    (["--batsh=64"], ["'--batsh'", "did you mean --batch?"]),
+    (["--save_every_steps", "3"], ["did you mean --save-every-steps?"]),
+    (["--no-nestrov"], ["did you mean --no-nesterov?"]),
+    (["--lab", "0.1"], ["'--lab'", "--help"]),
+    (["--zzzzzz"], ["'--zzzzzz'", "--help"]),
+    (["64"], ["'64'", "--help"]),
+    (["--lr"], ["--lr", "expected one argument"]),
+    (["--batch", "2.5"], ["--batch", "'2.5'", "whole number"]),
+    (["--lr", "fast"], ["--lr", "'fast'", "number"]),
+    (["--batch", "a\nb"], ["--batch", r"a\nb"]),
+    # one field by itself
+    (["--arch", "resnet19"], ["--arch 'resnet19'", "resnet18, resnet34", "did you mean"]),
+    (["--stem", "cifer"], ["--stem 'cifer'", "did you mean cifar?"]),
+    (["--batch", "0"], ["--batch 0", "at least 1"]),
+    (["--steps", "-1"], ["--steps -1", "at least 0"]),
+    (["--replicas", "-1"], ["--replicas -1", "at least 0"]),
+    (["--seed", str(2**32)], ["--seed 4294967296", "at most 4294967295"]),
+    (["--bucket-mb", "0"], ["--bucket-mb 0.0", "greater than 0.0"]),
+    (["--first-bucket-mb", "-1"], ["--first-bucket-mb -1.0", "greater than 0.0"]),
+    (["--momentum", "1"], ["--momentum 1.0", "less than 1.0"]),
+    (["--label-smoothing", "1"], ["--label-smoothing 1.0", "less than 1.0"]),
+    (["--weight-decay", "-0.1"], ["--weight-decay -0.1", "at least 0.0"]),
+    (["--lr", "nan"], ["--lr nan", "finite"]),
+    (["--lr", "inf"], ["--lr inf", "finite"]),
+    (["--keep", "0"], ["--keep 0", "at least 1"]),
+    (["--out", ""], ["--out ''", "leave the flag out"]),
+    (["--num-classes", "1"], ["--num-classes 1", "at least 2"]),
+    (["--dataset", "digts"], ["--dataset 'digts'", "did you mean digits?"]),
+    (["--dataset", "photos.zip"], ["--dataset 'photos.zip'", "FILE.h5"]),
+    # fields together
+    (["--warmup-epochs", "5", "--epochs", "4"], ["--warmup-epochs 5.0", "--epochs 4", "raise --epochs"]),
+    (["--image", "64"], ["--image 64", "--dataset synthetic", "leave the flag out"]),
+    (["--channels", "3", "--dataset", "a.h5"], ["--channels 3", "'a.h5'", "leave the flag out"]),
+    (["--arch", "plain20", "--shortcut", "B"], ["--shortcut 'B'", "plain20", "auto"]),
+    (["--arch", "plain20", "--zero-init-residual"], ["--zero-init-residual", "plain20"]),
+    (["--dataset", "synthetic", "--image", "4", "--batch", "1", "--bn", "local"], ["--image 4", "raise"]),
+    (["--dataset", "synthetic", "--image", "4", "--batch", "1", "--replicas", "1"], ["--image 4", "raise"]),
+])
+def test_a_refusal_is_one_line_with_the_value_and_the_remedy(argv, words):
+    message = refusal(*argv)
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("argv", [
+    ["--image", "5", "--batch", "1", "--bn", "local"],  # a map of 2 x 2
+    ["--image", "4", "--batch", "2", "--bn", "local"],
+    ["--image", "4", "--batch", "1", "--replicas", "2"],
+    ["--image", "4", "--batch", "1"],  # the replicas are not known yet
+])
+def test_one_pixel_is_enough_where_batch_norm_sees_several(argv):
+    parse(["--dataset", "synthetic", *argv])
+
+
+@pytest.mark.parametrize("argv, side", [
+    ([], 32 // 4),
+    (["--arch", "resnet50"], 32 // 8),
+    (["--arch", "resnet18", "--stem", "imagenet"], 1),
+    (["--arch", "resnet20", "--stem", "deep"], 2),
+])
+def test_the_last_map_has_the_known_size(argv, side):
+    assert config._smallest_map(parse(argv)) == side
+
+
+@pytest.mark.parametrize("name, value", [
+    ("batch", "32"), ("batch", 2.0), ("batch", True), ("lr", "0.1"), ("lr", True), ("nesterov", 1), ("arch", None),
+])
+def test_values_of_the_wrong_type_are_refused_where_no_flag_converted_them(name, value):
+    with pytest.raises(Refused, match=repr(value)):
+        validate(replace(Config(), **{name: value}))
+
+
+def test_refused_carries_the_exit_code_of_a_bad_configuration():
+    assert Refused.exit_code == 78
+
+
+# ------------------------------------------------------------------------------------- saved, compared, resumed
+
+
+def test_json_round_trip_of_every_field():
+    cfg = Config(**OTHER)
+    assert from_json(to_json(cfg)) == cfg
+    assert list(to_json(cfg)) == [spec.name for spec in fields(Config)]
+
+
+def test_json_of_an_older_version_takes_defaults_and_of_a_newer_one_is_refused():
+    older = {name: value for name, value in to_json(RESOLVED).items() if name != "label_smoothing"}
+    assert from_json(older) == RESOLVED
+    with pytest.raises(Refused, match="mixup"):
+        from_json(to_json(RESOLVED) | {"mixup": 0.2})
+
+
+def test_json_with_an_impossible_value_is_refused():
+    with pytest.raises(Refused, match="--batch 0"):
+        from_json(to_json(RESOLVED) | {"batch": 0})
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_the_digest_and_resuming_depend_on_exactly_the_mathematical_fields(name):
+    changed = replace(RESOLVED, **{name: OTHER[name]})
+    if name in MAY_CHANGE:
+        assert digest(changed) == digest(RESOLVED)
+        check_resume(to_json(RESOLVED), changed)
+        return
+    assert digest(changed) != digest(RESOLVED)
+    with pytest.raises(Refused) as caught:
+        check_resume(to_json(RESOLVED), changed)
+    message = str(caught.value)
+    now = "flowers.h5" if name == "dataset" else OTHER[name]
+    assert f"{config.flag_name(name)} was {getattr(RESOLVED, name)!r}, now {now!r}" in message
+    assert message.count(" was ") == 1 and "\n" not in message
+
+
+def test_resuming_names_all_differences_at_once():
+    with pytest.raises(Refused, match=r"--batch was 32, now 64, --lr was 0\.4, now 0\.1; give the saved values"):
+        check_resume(to_json(RESOLVED), replace(RESOLVED, batch=64, lr=0.1, keep=9))
+
+
+def test_epochs_may_change_only_where_the_schedule_does_not_span_them():
+    constant = replace(RESOLVED, schedule="constant")
+    check_resume(to_json(constant), replace(constant, epochs=80))
+    assert digest(constant) == digest(replace(constant, epochs=80))
+    with pytest.raises(Refused, match="--schedule was 'constant', now 'cosine'; "):
+        check_resume(to_json(constant), replace(RESOLVED, epochs=80))
+
+
+def test_a_data_set_may_move_to_another_folder():
+    here, there = (replace(RESOLVED, dataset=f"{folder}/flowers.h5") for folder in ("/a", "b"))
+    check_resume(to_json(here), there)
+
+
+def test_the_digest_does_not_see_how_a_number_was_written():
+    assert digest(replace(RESOLVED, lr=1)) == digest(replace(RESOLVED, lr=1.0))

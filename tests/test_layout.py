@@ -1,0 +1,172 @@
+"""The shape of the source: imports go one way, OpenCL and MPI never meet below the trainer, one stem names an operation
+everywhere, and files stay readable in one sitting.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"}
+
+# A module may import modules of lower layers only.
+LAYERS = [
+    ["errors", "reference", "tree"],
+    ["config", "environment", "device", "comm", "datasets.schema"],
+    ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure"],
+    ["ops.*", "datasets.*"],
+    ["nn"],
+    ["resnet"],
+    ["model", "initial"],
+    ["replicas"],
+    ["trainer"],
+    ["network"],
+    ["machine"],
+    ["train", "evaluate", "bench", "doctor"],
+]
+ALONE = ["errors", "reference", "tree"]
+WITHOUT_MPI = ["device", "plan", "ops.*", "nn", "resnet", "model", "initial", "replicas"]
+WITHOUT_OPENCL = ["comm", "exchange", "buckets"]
+WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "datasets.*"]
+
+NOT_OPERATIONS = {"common", "probe"}
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60
+
+
+def source_files():
+    return sorted(
+        file
+        for folder in ("dpresnet", "datasets", "tests", "kernels")
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in (".py", ".cl")
+    )
+
+
+@cache
+def modules():
+    """Every module of ours: its name below `dpresnet` and its file."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for file in folder.rglob("*.py"):
+            if file.name != "__init__.py":
+                name = ".".join([package, *file.relative_to(folder).with_suffix("").parts])
+                found[name.removeprefix("dpresnet.")] = file
+    return found
+
+
+@cache
+def imports(name):
+    """Modules that the module imports, also inside functions: ours below `dpresnet`, others by their first part."""
+    here = f"dpresnet.{name}".split(".")
+    found = set()
+    for node in ast.walk(ast.parse(modules()[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*(here[: -node.level] if node.level else []), *filter(None, [node.module])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return {known(target) for target in found} - {""}
+
+
+def known(target):
+    """The module that a dotted name belongs to: ops.conv for dpresnet.ops.conv.forward, numpy for numpy.typing."""
+    if target.split(".")[0] != "dpresnet":
+        return target.split(".")[0]
+    target = target.removeprefix("dpresnet").removeprefix(".")
+    while target and target not in modules():
+        target = target.rpartition(".")[0]
+    return target
+
+
+@cache
+def reach(name):
+    """Everything that importing the module can bring along."""
+    direct = imports(name)
+    return direct.union(*(reach(other) for other in direct if other in modules()))
+
+
+def matches(name, pattern):
+    return name == pattern or (pattern.endswith(".*") and name.startswith(pattern[:-1]))
+
+
+def layer(name):
+    exact = [i for i, patterns in enumerate(LAYERS) if name in patterns]
+    return (exact or [i for i, patterns in enumerate(LAYERS) if any(matches(name, pattern) for pattern in patterns)])[0]
+
+
+def side(patterns):
+    return [name for name in modules() if any(matches(name, pattern) for pattern in patterns)]
+
+
+def test_every_module_has_a_layer():
+    placed = side([pattern for patterns in LAYERS for pattern in patterns])
+    assert sorted(placed) == sorted(modules())
+
+
+def test_imports_go_down_only():
+    wrong = [
+        f"{name} imports {other}"
+        for name in modules()
+        for other in imports(name) & modules().keys()
+        if layer(other) >= layer(name)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("patterns", "strangers"),
+    [
+        (ALONE, set(modules())),
+        (WITHOUT_MPI, {"comm", "mpi4py"}),
+        (WITHOUT_OPENCL, {"device", "pyopencl"}),
+        (WITHOUT_BOTH, {"comm", "mpi4py", "device", "pyopencl"}),
+    ],
+    ids=["alone", "without MPI", "without OpenCL", "without both"],
+)
+def test_walls(patterns, strangers):
+    """Nothing behind a wall reaches, over any number of imports, what lies on the other side."""
+    assert {name: reach(name) & strangers for name in side(patterns) if reach(name) & strangers} == {}
+
+
+@pytest.mark.parametrize("library", ["pyopencl", "mpi4py"])
+@pytest.mark.parametrize("module", ["dpresnet", "dpresnet.train", "dpresnet.comm", "dpresnet.environment"])
+def test_importing_loads_neither_opencl_nor_mpi(module, library):
+    """Both read the environment when they are loaded, so a program has to come first."""
+    code = f"import sys, {module}; sys.exit({library!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def operations():
+    return sorted({file.stem for file in (ROOT / "kernels").glob("*.cl")} - NOT_OPERATIONS)
+
+
+@pytest.mark.parametrize("stem", operations())
+def test_a_stem_names_kernel_launcher_and_test(stem):
+    assert (ROOT / "dpresnet" / "ops" / f"{stem}.py").exists()
+    assert (ROOT / "tests" / "ops" / f"test_{stem}.py").exists()
+    kernels = re.findall(r"__kernel\s+void\s+(\w+)", (ROOT / "kernels" / f"{stem}.cl").read_text())
+    assert kernels
+    assert [name for name in kernels if not name.startswith(f"{stem}_")] == []
+
+
+def test_every_launcher_has_a_kernel():
+    assert sorted(file.stem for file in (ROOT / "dpresnet" / "ops").glob("[!_]*.py")) == operations()
+
+
+def test_sizes():
+    long_files = [file.name for file in source_files() if len(file.read_text().splitlines()) > MOST_LINES]
+    assert long_files == []
+    long_functions = [
+        f"{file.name}:{node.name}"
+        for file in source_files()
+        if file.suffix == ".py"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno >= MOST_LINES_OF_A_FUNCTION
+    ]
+    assert long_functions == []
