@@ -110,7 +110,8 @@ def fingerprint(train: Split, test: Split) -> str:
 def write(path: str | Path, dataset: Dataset) -> None:
     """Write ``dataset`` to ``path``; ValueError if the format cannot hold it.
 
-    Equal content gives equal bytes with the same build of HDF5 and zlib: no times, no identities, a fixed order.
+    Equal content gives equal bytes with the same build of HDF5 and zlib, as nothing in a file depends on when or where
+    it was made (from h5py 3.15 on: older ones put the time into groups).
     """
     _check(dataset)
     path = Path(path)

@@ -3,8 +3,8 @@
 A rank that owns several replicas first sums those that form nodes of the tree (``tree.maximal_nodes``; one node where
 replicas and ranks are powers of two). Each of these node sums is cut into one segment per rank, and the segments are
 exchanged (all-to-all): every rank then holds all the parts of its own segment, completes the tree there, and hands the
-result to everybody (all-gather). That moves no more data than an ordinary all-reduce, and it gives the same bits for every
-number of ranks, because the tree depends on the number of replicas alone.
+result to everybody (all-gather). That moves no more data than an ordinary all-reduce, and it gives the same bits for
+every number of ranks, because the tree depends on the number of replicas alone.
 
 MPI makes no progress on its own: whoever is busy elsewhere calls ``progress()`` now and then.
 """
@@ -16,8 +16,9 @@ import numpy as np
 from dpresnet import tree
 from dpresnet.comm import Comm, wait_until
 
-# Each poll moves one piece of the data (16 KiB between two ranks of a node under MPICH), so a nap after each would throttle
-# the exchange to a twentieth of its speed.
+# Each poll moves one small piece of the data (under MPICH on one node). So progress() polls several times, and wait() does
+# not nap between polls, which would throttle the exchange to a twentieth of its speed, unless the others are late.
+POLLS = 4
 SPIN_S = 1.0
 
 Node = tuple[int, int]
@@ -25,10 +26,10 @@ _DONE = object()
 
 
 def plan_buckets(sizes: Sequence[int], first_mb: float, cap_mb: float) -> list[range]:
-    """Cut the gradients, ``sizes`` in bytes in the order in which backward produces them, into buckets of consecutive ones.
+    """Cut the gradients, of ``sizes`` bytes in the order in which backward produces them, into consecutive buckets.
 
-    A bucket is closed by the gradient that fills it to its limit: ``first_mb`` MiB for the first, which so gets under way
-    early, ``cap_mb`` for the others. This is the rule of PyTorch's DistributedDataParallel.
+    A bucket is closed by the gradient that fills it to its limit: ``first_mb`` MiB for the first, which so gets under
+    way early, ``cap_mb`` for the others. This is the rule of PyTorch's DistributedDataParallel.
     """
     buckets, begin, filled = [], 0, 0
     for i, size in enumerate(sizes):
@@ -42,7 +43,7 @@ def plan_buckets(sizes: Sequence[int], first_mb: float, cap_mb: float) -> list[r
 
 
 def segments(n: int, ranks: int) -> list[int]:
-    """The lengths of the ``ranks`` contiguous segments of ``n`` elements: equal up to one element, some empty if n < ranks."""
+    """The lengths of the ``ranks`` contiguous segments of ``n`` elements: they differ by one at most, and may be 0."""
     return [n * (r + 1) // ranks - n * r // ranks for r in range(ranks)]
 
 
@@ -73,9 +74,9 @@ class _Bucket:
 class TreeAllreduce:
     """Sums float32 gradients over ``replicas``, of which each of ``comm.size`` ranks owns an equal, contiguous range.
 
-    ``buckets``: the slices of the gradient arena, in elements, the same on all ranks. Once per step each bucket is started;
-    in between ``progress()``; at the end ``wait()``. The sums are those of ``tree.fold``, bit for bit, for every number of
-    ranks that divides ``replicas``.
+    ``buckets``: the slices of the gradient arena, in elements, the same on all ranks. Once per step each bucket is
+    started; in between ``progress()``; at the end ``wait()``. The sums are those of ``tree.fold``, bit for bit, for any
+    number of ranks that divides ``replicas``.
     """
 
     def __init__(self, comm: Comm, replicas: int, buckets: Sequence[slice]) -> None:
@@ -105,9 +106,9 @@ class TreeAllreduce:
     def start(self, k: int, leaves: Sequence[np.ndarray], out: np.ndarray) -> None:
         """Start summing bucket ``k`` into ``out``; returns at once.
 
-        ``leaves``: the contribution of each replica of this rank, in order. ``leaves`` and ``out`` are contiguous float32 [n]
-        and belong to the sum until ``wait()``; afterwards the leaves hold partial sums. ``out`` may be the first leaf,
-        which saves a copy when there is one rank, but must not overlap another.
+        ``leaves``: the contribution of each replica of this rank, in order. ``leaves`` and ``out`` are contiguous
+        float32 [n] and belong to the sum until ``wait()``; afterwards the leaves hold partial sums. ``out`` may be the
+        first leaf, which saves a copy when there is one rank, but must not overlap another.
 
         All ranks have to exchange their buckets in one order. That is the order of the plan: a bucket that is started
         before its predecessors is sent with the last of them.
@@ -121,7 +122,8 @@ class TreeAllreduce:
 
     def progress(self) -> None:
         """Advance every bucket under way as far as it goes without waiting."""
-        self._running = [steps for steps in self._running if next(steps, _DONE) is not _DONE]
+        for _ in range(POLLS):
+            self._running = [steps for steps in self._running if next(steps, _DONE) is not _DONE]
 
     def wait(self) -> None:
         """Return when every bucket started since the last ``wait()`` is summed, in ``out``, on this rank."""
@@ -141,11 +143,10 @@ class TreeAllreduce:
             raise RuntimeError(f"bucket {k} was started twice without wait() in between")
         if len(leaves) != len(self._own):
             raise ValueError(f"bucket {k} got {len(leaves)} leaves for the {len(self._own)} replicas of this rank")
+        shape = (self._buckets[k].n,)
         for a in (*leaves, out):
-            if a.dtype != np.float32 or a.shape != (self._buckets[k].n,) or not a.flags.c_contiguous:
-                raise ValueError(
-                    f"bucket {k} takes contiguous float32 arrays of shape ({self._buckets[k].n},), not {a.dtype} {a.shape}"
-                )
+            if a.dtype != np.float32 or a.shape != shape or not a.flags.c_contiguous:
+                raise ValueError(f"bucket {k} takes contiguous float32 of shape {shape}, not {a.dtype} {a.shape}")
 
     def _reduce(self, k: int, leaves: list[np.ndarray], out: np.ndarray) -> Iterator[None]:
         """The life of one bucket; each ``yield`` gives the core back where it would have to wait."""

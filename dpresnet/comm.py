@@ -3,10 +3,10 @@
 ``connect()`` gives a ``World`` (MPI) or a ``Solo`` (one process, mpi4py never imported). A process that no MPI launcher
 started is alone: asking MPI instead would mean MPI_Init, which a cluster's login node may refuse or hang in.
 
-No method blocks inside MPI. Every operation is *started* and then polled until it is done, which buys three things: ranks
-that wait leave the cores to ranks that compute (there may be more ranks than cores), signal handlers run while waiting,
-and MPI is free for the moment in which another thread has to end the job. All methods belong to the main thread; only
-``abort`` may be called from any.
+No method blocks inside MPI. Every operation is *started* and then polled until it is done, which buys three things:
+ranks that wait leave the cores to ranks that compute (there may be more ranks than cores), signal handlers run while
+waiting, and MPI is free for the moment in which another thread has to end the job. All methods belong to the main
+thread; only ``abort`` may be called from any.
 """
 
 import atexit
@@ -27,7 +27,8 @@ import numpy as np
 from dpresnet.errors import Refused
 
 JOIN_LIMIT_S = 300.0  # all ranks have entered MPI_Init by then, or one never will
-ABORT_LIMIT_S = 1.0  # how long an abort may take before the process just ends
+DELIVERY_S = 0.3  # what a rank prints before an abort reaches the launcher in this time, if at all
+ABORT_LIMIT_S = 2.0  # an abort takes no longer, or the process just ends
 SPIN_S = 2e-4  # poll this long at full speed, longer than a small message takes
 NAP_S = 5e-5  # then between naps of this length
 
@@ -37,9 +38,9 @@ yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0
 def wait_until(done: Callable[[], bool], spin: float = SPIN_S) -> None:
     """Poll ``done`` until it holds, at full speed for ``spin`` seconds, then with naps.
 
-    Yielding the core in between is what makes more ranks than cores workable: polling without it lets the ranks that wait
-    eat the time slices of those they wait for (1 KiB among 4 ranks on 2 cores: 10 ms instead of 0.05 ms). It also beats
-    ``time.sleep(0)``, which takes 50 us on Linux.
+    Yielding the core in between is what makes more ranks than cores workable: polling without it lets the ranks that
+    wait eat the time slices of those they wait for (1 KiB among 4 ranks on 2 cores: 10 ms instead of 0.05 ms). It also
+    beats ``time.sleep(0)``, which takes 50 us on Linux.
     """
     limit = time.perf_counter() + spin
     while not done():
@@ -84,7 +85,7 @@ def connect(debug: bool = False) -> "Comm":
     """
     launch = launched()
     if debug and launch and launch.size > 1:
-        raise Refused(f"--debug runs in a single process, but {launch.name} started {launch.size}: leave out the launcher")
+        raise Refused(f"--debug runs in a single process, but {launch.name} started {launch.size}: leave it out")
     alone = launch is None or launch.size == 1
     if debug or (alone and "mpi4py.MPI" not in sys.modules):
         return Solo()
@@ -108,7 +109,7 @@ class Solo:
         return np.array(a)[None]
 
     def agree(self, flags: np.ndarray | Sequence[int]) -> np.ndarray:
-        return np.array(flags)
+        return np.array(flags, np.int64)
 
     def bcast(self, obj: Any) -> Any:
         return obj
@@ -194,7 +195,7 @@ class World:
 
     def agree(self, flags: np.ndarray | Sequence[int]) -> np.ndarray:
         """The maximum over the ranks of each of the integers ``flags``."""
-        flags = np.asarray(flags, order="C")
+        flags = np.asarray(flags, np.int64, order="C")
         out = np.empty_like(flags)
         self._start(self._comm.Iallreduce, flags, out, self._mpi.MAX).wait()
         return out
@@ -227,7 +228,7 @@ class World:
     def start_alltoall(
         self, send: np.ndarray, send_counts: Sequence[int], recv: np.ndarray, recv_counts: Sequence[int]
     ) -> Request:
-        """Start handing rank r the next ``send_counts[r]`` float32 of ``send``; what rank r hands over fills ``recv``."""
+        """Start giving ``send_counts[r]`` float32 of ``send`` to rank r and taking ``recv_counts[r]`` into ``recv``."""
         float32 = self._mpi.FLOAT
         return self._start(self._alltoall.Ialltoallv, [send, send_counts, float32], [recv, recv_counts, float32])
 
@@ -247,10 +248,12 @@ class World:
     def abort(self, code: int) -> NoReturn:
         """End all ranks at once, with exit code ``code`` where the launcher passes it on. From any thread.
 
-        The lock makes the call lawful when the main thread is polling. Should MPI be stuck all the same, a C thread that
-        needs neither the lock nor the interpreter ends this process, and the launcher then ends the others.
+        The lock makes the call lawful while the main thread polls. Should MPI be stuck all the same, a C thread that
+        needs neither the lock nor the interpreter ends this process, and the launcher then ends the others. The delay
+        saves the last words: launchers drop what they have not read from a rank when it aborts.
         """
         faulthandler.dump_traceback_later(ABORT_LIMIT_S, exit=True, file=2)
+        time.sleep(DELIVERY_S)
         self._lock.acquire(timeout=ABORT_LIMIT_S / 2)
         self._mpi.COMM_WORLD.Abort(code)
         os._exit(code)
@@ -292,7 +295,7 @@ def _library(mpi: Any) -> str:
 
 def _strangers(launch: Launch, mpi: Any) -> Refused:
     return Refused(
-        f"{launch.name} started {launch.size} processes, but mpi4py loaded {_library(mpi)}, which that launcher does not "
-        "belong to, so each process is alone: start with the mpirun of that library "
+        f"{launch.name} started {launch.size} processes, but mpi4py loaded {_library(mpi)}, which that launcher does "
+        "not belong to, so each process is alone: start with the mpirun of that library "
         "(`python -m mpi4py --mpi-lib-version` shows it), or choose the library with MPI4PY_LIBMPI=/path/to/libmpi.so"
     )

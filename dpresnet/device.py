@@ -161,6 +161,10 @@ class Arena:
             ) from None
         self._parts: dict[tuple[int, int], cl.Buffer] = {}
 
+    def __del__(self) -> None:
+        # Kernels that are still running may write here, and the driver does not know who owns host memory.
+        self.device.finish()
+
     def buffer(self, offset: int, nbytes: int) -> cl.Buffer:
         """The device side of a range; the same object for the same range."""
         key = (offset, nbytes)

@@ -1,8 +1,8 @@
 """How a run ends: on all ranks, within seconds, with the cause, who met it, and an exit code that launchers can read.
 
 Left to itself, MPI hangs when one rank fails: the others wait for it in a collective, and it waits for them in
-MPI_Finalize. So a rank that meets an unexpected exception prints it and aborts the job. The planned ends (``errors``) are
-mostly raised by all ranks alike; then the message is printed once and each rank leaves through the ordinary exit.
+MPI_Finalize. So a rank that meets an unexpected exception prints it and aborts the job. The planned ends (``errors``)
+are mostly raised by all ranks alike; then the message is printed once and each rank leaves through the ordinary exit.
 """
 
 import faulthandler
@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
@@ -23,13 +24,23 @@ SAVE_PATIENCE_S = 600.0  # the same after a stop, when rank 0 may still be writi
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
+def main(join: Callable[[], Comm], body: Callable[[Comm, "StopFlag"], None]) -> None:
+    """Run a whole program: ``body(join(), stop)``, with every failure on any rank and in any thread ending all ranks.
+
+    Returns when the body does. Otherwise the process ends with the exit code of the failure, see Guard.
+    """
+    with Guard() as job:
+        job.comm = join()
+        body(job.comm, StopFlag().listen())
+
+
 class Guard:
-    """``with Guard() as job: ...; job.comm = connect()`` around a whole program.
+    """``with Guard() as job: job.comm = connect(); ...`` around a whole program.
 
-    An exception that leaves the block, or any thread meanwhile, ends all ranks:
+    An exception that leaves the block, or a thread meanwhile, ends all ranks:
 
-    * Refused, GaveUp, Stopped: one line and the error's exit code. If all ranks raise the same, it is printed once and MPI
-      is finalised; if the others do something else instead, the job is aborted with this code.
+    * Refused, GaveUp, Stopped: one line and the error's exit code. If all ranks raise the same, it is printed once and
+      MPI is finalised; if the others do something else instead, the job is aborted with this code.
     * anything else: rank, host and traceback, and the job is aborted with code 1.
 
     A single process just raises, as any Python program does, or exits with the planned code.
@@ -45,8 +56,8 @@ class Guard:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        threading.excepthook = self._former_hook
         if error is None or (isinstance(error, SystemExit) and not error.code):
-            threading.excepthook = self._former_hook
             return
         comm = self._reach_the_others()
         if isinstance(error, PLANNED):
@@ -55,7 +66,7 @@ class Guard:
             _abort(comm, error)
 
     def _reach_the_others(self) -> Comm:
-        """The communicator, connected now if need be: a rank that ends before MPI_Init may leave the others in it for ever."""
+        """The communicator, connected now if need be: a rank that ends before MPI_Init may leave the others in it."""
         if self.comm is None:
             try:
                 self.comm = connect()
@@ -113,25 +124,21 @@ def _say(text: str) -> None:
 
 
 class StopFlag:
-    """True once SIGTERM or SIGUSR2 has arrived: batch systems ask for an end with these. (SIGUSR1 is MPICH's own.)
+    """``requested`` once SIGTERM or SIGUSR2 has arrived: batch systems send these; SIGUSR1 is MPICH's own.
 
-    The handler does nothing else. The training loop lets all ranks agree on the flag (``comm.agree``), saves, and raises
-    Stopped.
+    The handler does nothing else. The training loop lets all ranks agree on the flag, saves, and raises Stopped.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
     def __init__(self) -> None:
-        self._requested = False
+        self.requested = False
 
     def listen(self) -> Self:
-        """From now on; call it from the main thread and after ``connect()``, because MPI_Init may set handlers itself."""
+        """From now on; call it in the main thread and after ``connect()``, because MPI_Init may set handlers itself."""
         for number in self.SIGNALS:
             signal.signal(number, self._set)
         return self
 
     def _set(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
-
-    def __bool__(self) -> bool:
-        return self._requested
+        self.requested = True

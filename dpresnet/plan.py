@@ -14,6 +14,9 @@ import numpy as np
 import pyopencl as cl
 
 from dpresnet.device import ALIGNMENT, BLOCK, Arena, Device
+from dpresnet.errors import Refused
+
+MOST_ELEMENTS = 2**31  # of one tensor: indices are 32-bit in elementwise kernels
 
 CONTROL = np.dtype(  # what the host tells a replica before each step; the struct of kernels/common.cl
     [("valid", np.int32), ("seed", np.uint32), ("epoch", np.uint32), ("augment", np.int32), ("grad_scale", np.float32)]
@@ -137,6 +140,11 @@ class Exchange:
         """Every tensor it touches."""
         return [self.source, self.target]
 
+    @property
+    def writes(self) -> tuple[Tensor, ...]:
+        """What it changes."""
+        return (self.target,)
+
     def __str__(self) -> str:
         return f"{self.name:32s} exchange {self.kind}: {self.source.nbytes} bytes per replica"
 
@@ -152,6 +160,11 @@ class Ready:
     def tensors(self) -> list[Tensor]:
         """Every tensor it touches."""
         return self.gradients
+
+    @property
+    def writes(self) -> tuple[Tensor, ...]:
+        """Nothing: it only marks."""
+        return ()
 
     def __str__(self) -> str:
         nbytes = sum(t.nbytes for t in self.gradients)
@@ -177,7 +190,11 @@ class Plan:
 
     def image(self, name: str, images: int, channels: int, height: int, width: int) -> Tensor:
         """Declares an intermediate image tensor in the storage precision."""
-        return Tensor(name, image_shape(images, channels, height, width), self.storage, channels=channels)
+        tensor = Tensor(name, image_shape(images, channels, height, width), self.storage, channels=channels)
+        if tensor.size >= MOST_ELEMENTS:
+            raise Refused(f"--batch {images}: {name} would have {tensor.size:,} elements, kernels count to {MOST_ELEMENTS:,}: "
+                          "use a smaller --batch or --image")  # fmt: skip
+        return tensor
 
     def launch(
         self,

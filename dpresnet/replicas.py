@@ -13,17 +13,22 @@ import numpy as np
 import pyopencl as cl
 
 from dpresnet.model import PRIVATE, SHARED, Model, Recorded
-from dpresnet.plan import Exchange, Launch, Memory, Plan, Ready, Tensor, bind
+from dpresnet.plan import Entry, Exchange, Launch, Memory, Plan, Ready, bind
 
 Handler = Callable[..., None]
 
 
-class NonFinite(ArithmeticError):
-    """An entry produced an infinity or NaN; ``index`` counts entries of the plan, ``replica`` is global."""
+@dataclass(frozen=True, order=True)
+class NonFinite:
+    """An infinity or NaN that an entry wrote; ``index`` counts entries of the plan, ``replica`` counts all replicas."""
 
-    def __init__(self, index: int, name: str, tensor: str, replica: int):
-        super().__init__(f"entry {index} ({name}) of replica {replica} wrote a non-finite value into {tensor}")
-        self.index = index
+    index: int
+    replica: int
+    name: str
+    tensor: str
+
+    def __str__(self) -> str:
+        return f"entry {self.index} ({self.name}) of replica {self.replica} wrote a non-finite value into {self.tensor}"
 
 
 @dataclass
@@ -66,35 +71,35 @@ class Replicas:
         for launch, kernel in zip(plan, self.all[0].kernels[plan], strict=True):
             self.enqueue(launch, kernel)
 
-    def run(self, plan: Plan, exchange: Handler, ready: Handler, check: bool = False) -> None:
+    def run(self, plan: Plan, exchange: Handler, ready: Handler, check: bool = False) -> NonFinite | None:
         """Replays a plan on every replica.
 
         ``exchange(entry)`` is called when replicas must agree; it has to wait for the device itself. ``ready(bucket, event)``
         is called when all launches of a bucket are enqueued. With ``check`` each entry is finished and searched for
-        non-finite values; NonFinite names the first.
+        non-finite values, and the first is returned; the replay goes on, because other ranks wait for its exchanges.
         """
-        event = None
+        event, first = None, None
         for index, entry in enumerate(plan):
             match entry:
                 case Launch():
                     for replica in self.all:
                         event = self.enqueue(entry, replica.kernels[plan][index])
-                    if check:
-                        self.find_non_finite(index, entry.name, entry.writes)
                 case Exchange():
                     exchange(entry)
-                    if check:
-                        self.find_non_finite(index, entry.name, (entry.target,))
                 case Ready():
                     ready(entry.bucket, event)
+            if check and first is None:
+                first = self.find_non_finite(index, entry)
+        return first
 
-    def find_non_finite(self, index: int, name: str, tensors: tuple[Tensor, ...]) -> None:
-        """Raises NonFinite if an entry wrote one."""
+    def find_non_finite(self, index: int, entry: Entry) -> NonFinite | None:
+        """The first replica and tensor into which this entry wrote a non-finite value."""
         for replica in self.all:
-            for tensor in tensors:
+            for tensor in entry.writes:
                 values = replica.memory.read(tensor)
                 if values.dtype.kind == "f" and not np.isfinite(values).all():
-                    raise NonFinite(index, name, tensor.name, replica.number)
+                    return NonFinite(index, replica.number, entry.name, tensor.name)
+        return None
 
     def warm(self) -> None:
         """Runs every kernel once on cleared memory, so that the driver compiles what it compiles at the first launch."""

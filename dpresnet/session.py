@@ -9,8 +9,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,6 +30,8 @@ from dpresnet.report import Reporter
 from dpresnet.resnet import Options, resolve_shortcut
 from dpresnet.schedule import last_step, lr_at, planned_steps
 from dpresnet.trainer import Hyper, Outcome, Trainer
+
+T = TypeVar("T")
 
 SAVES_THAT_MAY_FAIL = 3  # in a row, before a full disk ends the run
 
@@ -86,6 +90,20 @@ def find_checkpoint(cfg: Config) -> tuple[checkpoint.Checkpoint | None, list[str
     return (found[0], [str(bad) for bad in found[1]]) if found else (None, [])
 
 
+def from_rank_0(comm: Comm, find: Callable[[], T]) -> T:
+    """What ``find()`` returns on rank 0, on all ranks; if it refuses there, all ranks refuse alike."""
+    found, refused = None, None
+    if comm.rank == 0:
+        try:
+            found = find()
+        except Refused as error:
+            refused = str(error)
+    found, refused = comm.bcast((found, refused))
+    if refused:
+        raise Refused(refused)
+    return found
+
+
 def handshake(comm: Comm, facts: dict[str, object]) -> None:
     """Refuses to start unless all ranks hold the same facts; the message says who differs in what."""
     everyone = comm.gather((comm.host, facts))
@@ -103,7 +121,7 @@ class Session:
     def __init__(self, cfg: Config, comm: Comm):
         self.comm = comm
         self.started_at = time.monotonic()
-        saved, notes = comm.bcast(find_checkpoint(cfg) if comm.rank == 0 else None)
+        saved, notes = from_rank_0(comm, lambda: find_checkpoint(cfg))
         self.dataset = load(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
         self.cfg = cfg = resolve(cfg, self.dataset, comm.size, from_json(saved.meta["config"]) if saved else None)
         if saved:
@@ -134,7 +152,7 @@ class Session:
         return Trainer(model, self.comm, cfg.replicas, sync=cfg.bn == "sync", scaler=scaler,
                        first_bucket_mb=cfg.first_bucket_mb, bucket_mb=cfg.bucket_mb, check=cfg.debug)  # fmt: skip
 
-    def _in_turn(self, build: object) -> Trainer:
+    def _in_turn(self, build: Callable[[], Trainer]) -> Trainer:
         """The first rank of a node compiles every kernel into the shared cache, the others find it there."""
         if self.comm.local_rank:
             self.comm.node_barrier()
@@ -171,8 +189,7 @@ class Session:
 
     def run(self, stop: StopFlag) -> None:
         """Trains to the end; raises Stopped after saving when any rank was asked to stop."""
-        if self.comm.rank == 0:
-            checkpoint.check_writable(self.folder)
+        from_rank_0(self.comm, lambda: checkpoint.check_writable(self.folder))
         with self.reporter:
             self.reporter.started(self.last, self.progress.step, self.progress.samples)
             test = None
@@ -217,6 +234,8 @@ class Session:
         self.trained += outcome.count
         self.reporter.step(progress.step, epoch, progress.samples, outcome.loss / outcome.count, lr, scaler.scale,
                            self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds)  # fmt: skip
+        if outcome.culprit:
+            self.reporter.note(f"step {progress.step} skipped: {outcome.culprit}")
         every = cfg.save_every_steps
         if outcome.stop:
             self._save(best=False, required=True)

@@ -40,13 +40,17 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Sums over a global batch: images, loss (not scaled), correct answers, and what the ranks agreed on."""
+    """Sums over a global batch: images, loss (not scaled), correct answers, and what the ranks agreed on.
+
+    ``culprit`` names the first non-finite value of a step that was checked and skipped.
+    """
 
     count: int
     loss: float
     correct: int
     skipped: bool = False
     stop: bool = False
+    culprit: str = ""
 
 
 class Trainer:
@@ -64,6 +68,7 @@ class Trainer:
         self._reduce = TreeAllreduce(comm, replicas, self.buckets)
         self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own))
         self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
+        self._first_bad: NonFinite | None = None
         self._moments: dict[str, np.ndarray] = {}  # merged statistics of this step, by layer
         self._local: dict[str, list[np.ndarray]] = {}  # without sync: those of each replica
 
@@ -84,14 +89,17 @@ class Trainer:
         self.forward_backward(batches, count, seed=seed, epoch=epoch, augment=True)
         loss, correct, wishes = self._sums(self.model.train, batches, int(stop))
         skipped = not np.isfinite(loss) or self._found_non_finite()
+        culprit = self._culprit() if skipped and self.check else ""
+        if culprit and not np.isfinite(loss):
+            raise GaveUp(f"the forward pass is not finite, which no loss scale can cure; first: {culprit}")
         try:
             scaler = self.scaler.after(skipped)
         except GaveUp as error:
-            raise GaveUp(f"{error}; {self.explain(batches, count, seed, epoch)}") from None
+            raise GaveUp(f"{error}; first: {culprit or self.explain(batches, count, seed, epoch)}") from None
         if not skipped:
             self._update(lr, hyper)
         self.scaler = scaler
-        return Outcome(count, loss, correct, skipped, wishes > 0)
+        return Outcome(count, loss, correct, skipped, wishes > 0, culprit)
 
     def forward_backward(self, batches: Sequence[tuple], count: int, *, seed: int = 0, epoch: int = 0,
                          augment: bool = False) -> None:  # fmt: skip
@@ -99,7 +107,7 @@ class Trainer:
         self._moments.clear()
         self._local.clear()
         self._feed(self.model.train, batches, count, seed, epoch, augment)
-        self.replicas.run(self.model.train.plan, self._agree, self._mark_ready, self.check)
+        self._first_bad = self.replicas.run(self.model.train.plan, self._agree, self._mark_ready, self.check)
         while self._ready:
             self._ready[0][1].wait()
             self._progress()
@@ -231,15 +239,14 @@ class Trainer:
 
     def explain(self, batches: Sequence[tuple], count: int, seed: int, epoch: int) -> str:
         """Replays the batch entry by entry and names the first non-finite value over all ranks."""
-        self.check, found = True, None
-        plan = self.model.train.plan
-        try:
-            self._feed(self.model.train, batches, count, seed, epoch, True)
-            self.replicas.run(plan, self._agree, lambda bucket, event: None, check=True)
-        except NonFinite as error:
-            found = error
-        answers = [a for a in self.comm.gather((found.index, str(found)) if found else None) if a]
-        return f"first: {min(answers)[1]}" if answers else "no single entry is non-finite: the sum over the replicas is"
+        self._feed(self.model.train, batches, count, seed, epoch, True)
+        self._first_bad = self.replicas.run(self.model.train.plan, self._agree, lambda bucket, event: None, check=True)
+        return self._culprit()
+
+    def _culprit(self) -> str:
+        """The first non-finite value of the last checked replay, over all ranks."""
+        found = [bad for bad in self.comm.gather(self._first_bad) if bad]
+        return str(min(found)) if found else "no single entry is non-finite, only the sum over the replicas is"
 
     def digest(self) -> str:
         """SHA-256 over the fp32 parameters and running statistics in the order of their names."""

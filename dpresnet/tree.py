@@ -1,7 +1,7 @@
 """The one binary tree in which everything that V replicas share is summed.
 
-The tree over [0, V) halves its range again and again, the left half taking the odd one. Its shape depends on V alone, so
-whoever adds ``left + right`` at a node gets the same bits, however the replicas are spread over ranks::
+The tree over [0, V) halves its range again and again, the left half taking the odd one. Its shape depends on V alone,
+so whoever adds ``left + right`` at a node gets the same bits, however the replicas are spread over ranks::
 
     V = 4: ((0+1)+(2+3))        V = 5: (((0+1)+2)+(3+4))
 """

@@ -4,7 +4,7 @@
 
 __kernel void loss_softmax(__global const float *restrict logits, __global const int *restrict labels,
                            __global float *restrict loss,     // [images], 0 for images that do not count
-                           __global float *restrict correct,  // [images], 1 where the label's logit is the first largest, none NaN
+                           __global float *restrict correct,  // [images], 1 where the label's is the first largest logit, none NaN
                            __global float *restrict dlogits, __global const Control *restrict control, const int classes,
                            const int pad, const float smoothing)
 {

@@ -101,7 +101,7 @@ def _content(file) -> str:
 
 
 def session_members(leader: int) -> list[int]:
-    """The processes of the session that ``leader`` began (Linux). An mpirun may give each rank a process group of its own."""
+    """The processes of the session that ``leader`` began (Linux); under Open MPI each rank has a process group."""
     members = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -112,9 +112,12 @@ def session_members(leader: int) -> list[int]:
 
 
 def _kill_session(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    """Returns when the process and all it has started are gone."""
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-    for member in session_members(process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(member, signal.SIGKILL)
+    while members := session_members(process.pid):
+        for member in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+        time.sleep(0.01)
     process.wait()

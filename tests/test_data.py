@@ -5,8 +5,6 @@ Which samples a step should have is worked out here from the definition, sample 
 
 import gc
 import random
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 
 from dpresnet import data
+from tests.launching import python
 
 
 def numbered(n: int) -> data.Split:
@@ -254,6 +253,6 @@ if sys.argv[1] == "raise":
 
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 1)])
 def test_interpreter_exits_in_mid_epoch(how, code):
-    done = subprocess.run([sys.executable, "-c", EXIT_SCRIPT, how], capture_output=True, text=True, timeout=30)
+    done = python(["-c", EXIT_SCRIPT, how], timeout=30)
     assert (done.returncode, done.stdout) == (code, "0\n"), done.stderr
     assert ("boom" in done.stderr) == (how == "raise")

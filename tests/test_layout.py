@@ -25,13 +25,12 @@ LAYERS = [
     ["model", "initial"],
     ["replicas"],
     ["trainer"],
-    ["network"],
-    ["machine"],
+    ["network", "session", "machine"],
     ["train", "evaluate", "bench", "doctor"],
 ]
 ALONE = ["errors", "reference", "tree"]
 WITHOUT_MPI = ["device", "plan", "ops.*", "nn", "resnet", "model", "initial", "replicas"]
-WITHOUT_OPENCL = ["comm", "exchange", "buckets"]
+WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "datasets.*"]
 
 NOT_OPERATIONS = {"common", "probe"}

@@ -212,6 +212,14 @@ def test_the_exit_code_and_the_settings_pass_through(tmp_path):
     assert done.stdout == f"2 -n 2 {tmp_path}/env/python -m dpresnet.train --resume auto\n"
 
 
+def test_a_signal_to_the_script_reaches_mpirun(tmp_path):
+    """Which takes the place of the script's process."""
+    environ = fakes(tmp_path, "mpich", 4) | {"DPRESNET_DRY": ""}
+    script(tmp_path / "mpich" / "mpirun", f"test $1 = --version && echo '{LAUNCHERS['mpich']}' || echo $$")
+    with subprocess.Popen(["bash", str(LOCAL)], env=environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read() == f"{process.pid}\n"
+
+
 @pytest.mark.parametrize("file", [*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"], ids=lambda file: file.name)
 def test_shell_files_are_executable_and_parse(file):
     assert os.access(file, os.X_OK)

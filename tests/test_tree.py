@@ -49,9 +49,7 @@ def test_nodes_are_maximal(v, p):
     """No larger node of the tree fits: each node found is not a proper part of another that also lies inside."""
     for lo, hi in ranges(v, p):
         fitting = [(a, b) for a, b in all_nodes(0, v) if lo <= a and b <= hi]
-        largest = [
-            (a, b) for a, b in fitting if not any((c, d) != (a, b) and c <= a and b <= d for c, d in fitting)
-        ]
+        largest = [(a, b) for a, b in fitting if not any((c, d) != (a, b) and c <= a and b <= d for c, d in fitting)]
         assert tree.maximal_nodes(v, lo, hi) == sorted(largest)
 
 

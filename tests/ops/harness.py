@@ -33,7 +33,8 @@ from dpresnet.plan import (
     place_in_order,
 )
 
-POISON = 0xFF  # in every byte: NaN as fp16 and as fp32, -1 as int, 255 as a byte
+POISON = 0xFFFF  # in every two bytes: NaN as fp16 and as fp32, -1 as int, 255 as a byte
+POISON_READ = 0x7FFF  # around inputs: NaN too, but another, so that it shows where it is copied to
 EPS16, EPS32 = 2.0**-11, 2.0**-24  # half a unit in the last place of 1.0
 
 
@@ -207,8 +208,8 @@ class Bench:
         self.memory.homes = {
             home: [self.plan.device.arena(nbytes + ALIGNMENT) for nbytes in chunks] for home, chunks in sizes.items()
         }
-        for _, _, arena in self._arenas():
-            arena.view(0, (arena.nbytes,), np.uint8)[:] = POISON
+        for home, _, arena in self._arenas():
+            arena.view(0, (arena.nbytes // 2,), np.uint16)[:] = POISON_READ if home == "inputs" else POISON
             arena.push(0, arena.nbytes)
 
     def _arenas(self) -> Iterator[tuple[str, int, Arena]]:

@@ -8,7 +8,8 @@ from dpresnet import reference
 from dpresnet.ops import augment as ops
 
 SEED, EPOCH = 0xDEADBEEF, 7
-SHAPES = [(50, 3, 8, 11), (50, 1, 5, 4), (2, 16, 3, 3)]
+MANY = 50  # samples, among which every shift occurs
+SHAPES = [(MANY, 3, 8, 11), (MANY, 1, 5, 4), (2, 16, 3, 3)]
 
 
 def normalise(
@@ -50,8 +51,9 @@ def test_training(mode, shape, padding, flip):
     images, samples = draw_images(shape)
     actual = normalise(Bench(mode), images, samples, padding, flip, augment=1, valid=shape[0])
     dy, dx, mirrored = reference.augment_parameters(SEED, EPOCH, samples, padding)
-    assert shape[0] < 20 or {*dy} == {*dx} == {*range(-padding, padding + 1)} and {*mirrored} == {0, 1}
     check(mode, actual, reference.augment_apply(images, dy, dx, mirrored * flip, *moments(shape[1])))
+    if shape[0] == MANY:
+        assert {*dy} == {*dx} == {*range(-padding, padding + 1)} and {*mirrored} == {0, 1}
 
 
 @each_mode

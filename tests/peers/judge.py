@@ -104,7 +104,7 @@ def statistics(found: dict) -> dict:
 
 def as_float64(arrays: dict) -> Arrays:
     """Copies: a network may go on using the arrays it handed out."""
-    return {name: np.array(value, dtype=np.float64) for name, value in arrays.items()}
+    return {name: np.asarray(value).astype(np.float64) for name, value in arrays.items()}
 
 
 # PyTorch as a network with fp16 storage.
@@ -172,7 +172,8 @@ def scale(name: str, truth: Arrays) -> float:
 
 def random_walk(case: Case) -> float:
     """4 sqrt(K) 2^-24: what fp32 may lose in the network's longest sum (a convolution's terms, or a batch's pixels)."""
-    net = case.torch(torch.float32)
+    with torch.device("meta"):
+        net = case.torch(torch.float32)
     terms = [module.weight[0].numel() for module in net.modules() if isinstance(module, nn.Conv2d)]
     return 4 * np.sqrt(max(*terms, case.batch * case.image[1] * case.image[2])) * 2.0**-24
 

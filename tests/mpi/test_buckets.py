@@ -1,0 +1,115 @@
+"""The bucketed sum in real jobs: for every number of ranks the bits of one process, whatever order and size."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpresnet.buckets import TreeAllreduce, plan_buckets, segments
+from dpresnet.comm import Solo
+from tests.launching import mpirun, python
+
+WORKER = str(Path(__file__).with_name("worker_buckets.py"))
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("replicas", "ranks"),
+    [(4, (1, 2, 4)), (6, (1, 2, 3)), (12, (2, 3, 4)), (5, (1, 5))],
+)
+def test_same_bits_for_every_number_of_ranks(replicas, ranks):
+    """Each worker compares itself with the fold over all replicas; here the digests of all jobs are compared."""
+    alone = python([WORKER, replicas, 7])
+    assert alone.returncode == 0, alone.stderr
+    digest = alone.stdout.split()[1]
+    for n in ranks:
+        job = mpirun(n, [WORKER, replicas, 7])
+        assert job.returncode == 0, job.stderr
+        assert job.stdout.split() == [str(n), digest]
+
+
+def solo(sizes, replicas=1):
+    bounds = np.cumsum([0, *sizes]).tolist()
+    slices = [slice(a, b) for a, b in pairwise(bounds)]
+    return TreeAllreduce(Solo(), replicas, slices)
+
+
+def ones(n):
+    return np.ones(n, np.float32)
+
+
+def test_a_bucket_never_started_is_named():
+    reduce = solo([2, 2, 2])
+    reduce.start(2, [ones(2)], ones(2))
+    reduce.start(0, [ones(2)], ones(2))
+    with pytest.raises(RuntimeError, match="bucket 2 was started, but bucket 1, which goes before it, never was"):
+        reduce.wait()
+
+
+def test_a_bucket_started_twice_is_named():
+    reduce = solo([2, 2])
+    reduce.start(0, [ones(2)], ones(2))
+    with pytest.raises(RuntimeError, match="bucket 0 was started twice"):
+        reduce.start(0, [ones(2)], ones(2))
+    reduce.start(1, [ones(2)], ones(2))
+    reduce.wait()
+    reduce.start(0, [ones(2)], ones(2))  # the next step
+
+
+@pytest.mark.parametrize("wrong", [np.ones(3, np.float32), np.ones(2), np.ones(4, np.float32)[::2]])
+def test_arrays_that_do_not_fit_are_named(wrong):
+    with pytest.raises(ValueError, match=r"bucket 0 takes contiguous float32 of shape \(2,\)"):
+        solo([2]).start(0, [wrong], ones(2))
+    with pytest.raises(ValueError, match=r"bucket 0 takes"):
+        solo([2]).start(0, [ones(2)], wrong)
+
+
+def test_wrong_number_of_leaves_is_named():
+    with pytest.raises(ValueError, match="bucket 0 got 2 leaves for the 3 replicas"):
+        solo([2], replicas=3).start(0, [ones(2), ones(2)], ones(2))
+
+
+def test_indivisible_replicas_are_named():
+    class Three(Solo):
+        size = 3
+
+    with pytest.raises(ValueError, match="4 replicas cannot be divided among 3 ranks"):
+        TreeAllreduce(Three(), 4, [slice(0, 1)])
+
+
+@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 1000])
+def test_segments_cover_the_bucket_evenly(n, ranks):
+    lengths = segments(n, ranks)
+    assert len(lengths) == ranks and sum(lengths) == n
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "first", "cap", "plan"),
+    [
+        # the first bucket closes with the gradient that reaches 1 MiB, the others at 4 MiB; the last holds the rest
+        ([MIB // 2, MIB // 2, 3 * MIB, 2 * MIB, MIB], 1, 4, [(0, 2), (2, 4), (4, 5)]),
+        ([10 * MIB, 10 * MIB], 1, 4, [(0, 1), (1, 2)]),
+        ([MIB] * 4, 100, 4, [(0, 4)]),
+        ([1, 1, 1], 0, 0, [(0, 1), (1, 2), (2, 3)]),
+        ([], 1, 25, []),
+    ],
+)
+def test_plan(sizes, first, cap, plan):
+    assert plan_buckets(sizes, first, cap) == [range(a, b) for a, b in plan]
+
+
+def test_plan_has_pytorch_rule_on_random_sizes():
+    """Consecutive, complete, and closed neither before nor after the limit was reached."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = rng.integers(1, 3 * MIB, rng.integers(1, 40)).tolist()
+        plan = plan_buckets(sizes, 1, 4)
+        assert [i for part in plan for i in part] == list(range(len(sizes)))
+        for k, part in enumerate(plan):
+            limit = (4 if k else 1) * MIB
+            total = sum(sizes[i] for i in part)
+            assert total - sizes[part[-1]] < limit
+            assert total >= limit or k == len(plan) - 1

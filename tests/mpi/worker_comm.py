@@ -1,0 +1,67 @@
+"""One rank of test_comm.py: every collective against what it must give, computed from the ranks alone."""
+
+import sys
+import time
+
+import numpy as np
+
+from dpresnet.comm import connect
+
+comm = connect()
+P, me = comm.size, comm.rank
+assert int(sys.argv[1]) == P, f"{P} ranks"
+
+
+def same(got, want):
+    want = np.asarray(want)
+    assert got.dtype == want.dtype and got.shape == want.shape and (got == want).all(), (me, got, want)
+
+
+for dtype in (np.float32, np.float64, np.int64):
+    for shape in ((), (1,), (5,), (3, 4), (0,)):
+        per_rank = [np.full(shape, 10 * r + 1 / 3 if dtype != np.int64 else r, dtype) for r in range(P)]
+        same(comm.allgather(per_rank[me]), per_rank)
+    strided = np.arange(12, dtype=dtype).reshape(3, 4).T + me
+    same(comm.allgather(strided), [np.arange(12, dtype=dtype).reshape(3, 4).T + r for r in range(P)])
+
+first = comm.allgather(np.array([me]))
+comm.allgather(np.array([me + 100]))
+same(first, [[r] for r in range(P)])  # a result is not overwritten by the next call
+
+same(comm.agree([me == P - 1, me == 0, False]), np.array([1, 1, 0]))
+same(comm.agree(np.array([[me, -me], [7, 0]])), np.array([[P - 1, 0], [7, 0]]))
+
+message = {"rank": me, "array": np.arange(1000 * (me + 1)), "text": "x" * me}
+got = comm.bcast(message)
+assert got["rank"] == 0 and got["array"].size == 1000
+rows = comm.gather(message)
+assert [r["rank"] for r in rows] == list(range(P))
+assert all(r["array"].size == 1000 * (i + 1) and r["text"] == "x" * i for i, r in enumerate(rows))
+
+# Rank s hands s + 2 d elements to rank d, and nothing at all where s == d.
+count = [[0 if s == d else s + 2 * d for d in range(P)] for s in range(P)]
+send = np.concatenate([np.full(count[me][d], 100 * me + d, np.float32) for d in range(P)])
+want = np.concatenate([np.full(count[s][me], 100 * s + me, np.float32) for s in range(P)])
+recv = np.full(want.size, -1, np.float32)
+joined = np.full(sum(range(P)), -1, np.float32)
+operations = [
+    lambda: comm.start_alltoall(send, count[me], recv, [count[s][me] for s in range(P)]),
+    lambda: comm.start_allgather(np.full(me, me, np.float32), joined, list(range(P))),
+]
+requests = [start() for start in (operations[::-1] if me % 2 else operations)]  # operations of two kinds in any order
+same(comm.allgather(np.array(me)), np.arange(P))  # and a third kind goes past them
+for request in requests:
+    request.wait()
+    assert request.test()
+same(recv, want)
+same(joined, np.repeat(np.arange(P, dtype=np.float32), range(P)))
+
+started = time.monotonic()
+time.sleep(0.3 if me == P - 1 else 0)
+comm.barrier()
+assert time.monotonic() - started > 0.25 or P == 1, "the barrier did not wait for the last rank"
+comm.node_barrier()
+
+assert comm.gather((comm.local_rank, comm.local_size)) == [(r, P) for r in range(P)]
+if me == 0:
+    print("all as expected:", comm.library)

@@ -1,0 +1,236 @@
+"""Whole runs of the program, as users start it: the same bits on any number of ranks, through kills, stops and overflows.
+
+Every run here has 4 replicas of 32 digits (12 steps an epoch, the last one short) unless it says otherwise.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.launching import Finished, mpirun, python
+
+WORKER = Path(__file__).with_name("worker_train.py")
+FLAGS = ("--replicas", "4", "--warmup-epochs", "1", "--epochs", "4", "--save-every-epochs", "1")
+
+
+def train(ranks: int, out: Path, *flags: str, fault: str = "", base: tuple[str, ...] = FLAGS) -> Finished:
+    """One run; ``ranks`` 0 is a plain process without mpirun."""
+    env = {"FAULT": fault} if fault else {}
+    argv = [str(WORKER)] if fault else ["-m", "dpresnet.train"]
+    argv += [*base, "--out", str(out), *flags]
+    return mpirun(ranks, argv, env=env, timeout=280) if ranks else python(argv, env=env, timeout=280)
+
+
+def succeed(*args: object, **kwargs: object) -> dict:
+    """A run that must end well; returns its result.json."""
+    done = train(*args, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return json.loads((args[1] / "result.json").read_text())
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(out: Path) -> list[tuple]:
+    """What must be equal between two runs: everything in the metrics but the speed."""
+    return [tuple(sorted((k, v) for k, v in line.items() if k != "images_per_s")) for line in metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    """30 steps, two and a half epochs, in one process without MPI."""
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    succeed(0, out, "--steps", "30")
+    return out
+
+
+def sha(out: Path) -> str:
+    return json.loads((out / "result.json").read_text())["params_sha256"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_any_number_of_ranks_gives_the_same_bits(reference, tmp_path, ranks):
+    result = succeed(ranks, tmp_path, "--steps", "30")
+    assert result["params_sha256"] == sha(reference)
+    assert result["ranks"] == ranks
+    assert curve(tmp_path) == curve(reference)
+
+
+@pytest.mark.parametrize("flags", [("--bn", "local", "--precision", "fp32"), ("--first-bucket-mb", "0.01", "--bucket-mb", "0.1")])
+def test_same_bits_for_replicas_that_are_no_power_of_two(tmp_path, flags):
+    base = ("--replicas", "6", "--batch", "8", "--steps", "10", *flags)
+    results = [succeed(ranks, tmp_path / str(ranks), base=base) for ranks in (0, 2, 3)]
+    assert len({result["params_sha256"] for result in results}) == 1
+    assert curve(tmp_path / "0") == curve(tmp_path / "2") == curve(tmp_path / "3")
+
+
+def test_arithmetic_follows_the_replicas_and_the_seed(reference, tmp_path):
+    shas = {sha(reference)}
+    for i, flags in enumerate([("--replicas", "2"), ("--seed", "1"), ("--bn", "local"), ("--precision", "fp32")]):
+        shas.add(succeed(0, tmp_path / str(i), "--steps", "30", *flags)["params_sha256"])
+    assert len(shas) == 5
+
+
+def test_result_and_config_keep_the_contract(reference):
+    result = json.loads((reference / "result.json").read_text())
+    assert {"arch", "dataset", "replicas", "ranks", "precision", "steps", "epochs", "test_accuracy", "test_loss", "images_per_s",
+            "wall_s", "peak_rss_mb", "device", "params_sha256"} <= set(result)  # fmt: skip
+    assert (result["steps"], result["epochs"], result["replicas"]) == (30, 2.5, 4)
+    config = json.loads((reference / "config.json").read_text())
+    assert (config["replicas"], config["num_classes"], config["shortcut"]) == (4, 10, "A")
+    steps = [line for line in metrics(reference) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 31))
+    assert steps[11]["samples"] == 1438  # each sample of the training split once
+    assert {"step", "epoch", "samples", "loss", "lr", "loss_scale", "skipped", "images_per_s"} <= set(steps[0])
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 0)])
+def test_killed_run_resumes_bit_for_bit_on_other_ranks(reference, tmp_path, first, second):
+    flags = ("--steps", "30", "--save-every-steps", "5")
+    killed = train(first, tmp_path, *flags, fault="kind=kill,rank=1,step=19")
+    assert killed.returncode != 0
+    assert killed.seconds < 60
+    assert not (tmp_path / "result.json").exists()
+    assert max(line["step"] for line in metrics(tmp_path)) >= 16  # beyond the checkpoint, in mid-epoch
+    assert succeed(second, tmp_path, *flags, "--resume", "auto")["params_sha256"] == sha(reference)
+    assert curve(tmp_path) == curve(reference)
+
+
+def test_stop_request_on_one_rank_saves_on_all_and_resumes(reference, tmp_path):
+    stopped = train(4, tmp_path, "--steps", "30", fault="kind=term,rank=2,step=7")
+    assert stopped.returncode == 75, stopped.stderr
+    steps = re.findall(r"Stopped: stopped on request after step (\d+)", stopped.stderr)
+    assert steps in (["7"], ["8"])  # the signal comes during step 7; one line from all ranks together
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{int(steps[0]):08d}.h5"]
+    assert succeed(2, tmp_path, "--steps", "30", "--resume", "auto")["params_sha256"] == sha(reference)
+    assert curve(tmp_path) == curve(reference)
+
+
+def test_overflow_on_one_rank_skips_the_step_on_all(reference, tmp_path):
+    fault = "kind=overflow,replica=2,step=5"
+    shas = {succeed(ranks, tmp_path / str(ranks), "--steps", "30", fault=fault)["params_sha256"] for ranks in (0, 2, 4)}
+    assert len(shas) == 1
+    assert shas != {sha(reference)}
+    lines = [line for line in metrics(tmp_path / "4") if "loss" in line]
+    assert [line["skipped"] for line in lines[3:6]] == [0, 1, 1]
+    assert [line["loss_scale"] for line in lines[3:6]] == [65536, 65536, 32768]
+    assert lines[4]["lr"] == lines[5]["lr"]  # the schedule waited
+
+
+@pytest.mark.parametrize("fault", ["kind=exception,rank=1,step=3", "kind=loader,replica=1,step=2"])
+def test_exception_on_one_rank_ends_the_job(tmp_path, fault):
+    calm = train(4, tmp_path / "calm", "--steps", "4")
+    failed = train(4, tmp_path / "failed", "--steps", "400", fault=fault)
+    assert failed.returncode not in (0, 70, 75, 78)
+    assert failed.seconds < calm.seconds + 5
+    text = failed.stderr
+    assert "[rank 1 host " in text
+    assert "Traceback" in text
+    assert ("what went wrong" if "exception" in fault else "the disk fell off") in text
+
+
+def test_numerical_give_up_names_the_layer_and_saves_nothing(tmp_path):
+    failed = train(2, tmp_path, "--steps", "30", "--precision", "fp32", fault="kind=bad-weight,rank=1,step=3")
+    assert failed.returncode == 70, failed.stderr
+    assert "layer2.0.conv2" in failed.stderr
+    assert "replica 2" in failed.stderr
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_damaged_checkpoints_are_passed_over(reference, tmp_path):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    newest, previous = sorted((tmp_path / "checkpoints").glob("step-*.h5"), reverse=True)[:2]
+    raw = bytearray(newest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    newest.write_bytes(raw)
+    resumed = train(2, tmp_path, "--steps", "30", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"passed over checkpoint {newest}" in resumed.stderr.replace("\n", " ")
+    assert sha(tmp_path) == sha(reference)
+    for path in (tmp_path / "checkpoints").glob("*.h5"):
+        path.write_bytes(path.read_bytes()[:-1])
+    refused = train(2, tmp_path, "--steps", "30", "--resume", "auto")
+    assert refused.returncode == 78
+    assert refused.stderr.count("Refused: none of the ") == 1
+    assert previous.exists()
+
+
+def test_checkpoint_opens_with_plain_h5py(reference):
+    newest = max((reference / "checkpoints").glob("step-*.h5"))
+    with h5py.File(newest) as file:
+        assert file["param/layer3.2.conv2.weight"].shape == (64, 64, 3, 3)
+        assert np.isfinite(file["momentum/fc.weight"][()]).all()
+        assert (file["buffer/bn1.running_var"][()] > 0).all()
+
+
+REFUSED = [
+    (("--replicas", "5"), 2, "--replicas 5 cannot be divided among 2 ranks: use 1, 5 ranks"),
+    (("--dataset", "nowhere.h5"), 0, "'nowhere.h5'"),
+    (("--dataset", "synthetic", "--image", "224", "--batch", "100000"), 0, "--batch 100000"),
+    (("--num-classes", "3"), 0, "the data set digits has 10 classes"),
+    (("--arch", "resnet21"), 0, "did you mean"),
+    (("--device", "no such thing"), 0, "no device has that in its name"),
+    (("--device", "99"), 0, "--device 99"),
+    (("--resume", "nothing.h5"), 2, "nothing.h5"),
+    (("--debug",), 2, "--debug runs in a single process"),
+]
+
+
+@pytest.mark.parametrize(("flags", "ranks", "words"), REFUSED)
+def test_what_cannot_work_is_one_line_and_78(tmp_path, flags, ranks, words):
+    done = train(ranks, tmp_path / "run", *flags, base=())
+    assert done.returncode == 78, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "refused" in line.lower()]
+    assert len(lines) == 1, done.stderr
+    assert words in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_other_mathematics_are_not_resumed(reference, tmp_path):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    done = train(0, tmp_path, "--steps", "40", "--resume", "auto", "--lr", "0.3")
+    assert done.returncode == 78
+    assert "--lr was 0.4, now 0.3" in done.stderr
+
+
+def test_ranks_with_different_flags_are_told_apart(tmp_path):
+    script = tmp_path / "differ.py"
+    script.write_text(
+        "import sys\nfrom dpresnet.comm import launched\nfrom dpresnet import train\n"
+        "sys.argv += ['--lr', str(0.1 + launched().rank)]\ntrain.main()\n"
+    )
+    done = mpirun(2, [str(script), "--out", str(tmp_path / "run")], timeout=60)
+    assert done.returncode == 78
+    assert "rank 1 on " in done.stderr
+
+
+def test_debug_mode_needs_no_mpi_and_names_the_first_bad_entry(reference, tmp_path):
+    script = "import sys; sys.modules['mpi4py'] = None; from dpresnet import train; train.main()"
+    done = python(["-c", script, *FLAGS, "--steps", "30", "--debug", "--out", str(tmp_path / "a")], timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert sha(tmp_path / "a") == sha(reference)
+    bad = train(0, tmp_path / "b", "--steps", "30", "--debug", fault="kind=bad-weight,step=4")
+    assert bad.returncode == 70
+    assert "(layer2.0.conv2) of replica 0" in bad.stderr
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path):
+    done = train(0, tmp_path, "--dry-run", "--arch", "resnet50", "--dataset", "synthetic", "--image", "64", "--batch", "2")
+    assert done.returncode == 0, done.stderr
+    for words in ("layer4.2.conv3", "exchange statistics", "bucket 1", "arena work", "parameters", "MFLOP per image"):
+        assert words in done.stdout
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.limit(300)
+def test_default_run_learns_the_digits(tmp_path):
+    """The default settings, as 4 ranks train them (the same bits in one process), reach 98 % on the test split."""
+    result = succeed(0, tmp_path, base=("--replicas", "4"))
+    assert result["test_accuracy"] >= 0.98

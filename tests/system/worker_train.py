@@ -1,0 +1,92 @@
+"""``python worker_train.py FLAGS``: dpresnet.train with one fault, described in the variable FAULT.
+
+FAULT="kind=exception,rank=1,step=3". The product knows nothing of this: public seams are wrapped here. Single processes
+count as the rank that would own the replica: give replica= instead of rank= to strike wherever it lives.
+"""
+
+import os
+import signal
+import time
+
+from dpresnet import train
+
+FAULT = dict(part.split("=") for part in os.environ.get("FAULT", "kind=none").split(","))
+KIND, STEP = FAULT["kind"], int(FAULT.get("step", 0))
+
+
+def struck(trainer) -> bool:
+    """Whether this rank is the one."""
+    if "replica" in FAULT:
+        return int(FAULT["replica"]) in trainer.replicas_range
+    return trainer.comm.rank == int(FAULT.get("rank", 0))
+
+
+def before_step(trainer) -> None:
+    if KIND == "exception":
+        raise KeyError("what went wrong")
+    if KIND == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if KIND == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if KIND == "bad-weight":
+        trainer.replicas.parameter("layer2.0.conv2.weight")[0, 0, 0, 0] = float("nan")
+        trainer.replicas.push_state()
+    if KIND == "sleep":
+        time.sleep(1e6)
+
+
+def wrap_step(trainer_class) -> None:
+    original = trainer_class.step
+    calls = [0]
+
+    def step(self, *args, **kwargs):
+        calls[0] += 1
+        self.faulty_step = calls[0] == STEP and struck(self)
+        if self.faulty_step:
+            before_step(self)
+        return original(self, *args, **kwargs)
+
+    trainer_class.step = step
+
+
+def wrap_buckets(trainer_class) -> None:
+    """Writes an infinity into the gradients of one replica, where a backward pass would overflow."""
+    original = trainer_class._start_bucket
+
+    def start(self, bucket):
+        if KIND == "overflow" and self.faulty_step:
+            owner = next(r for r in self.replicas.all if r.number == int(FAULT["replica"]))
+            owner.memory.homes["gradient"][0].view(0, (8,), "float32")[5] = float("inf")
+        return original(self, bucket)
+
+    trainer_class._start_bucket = start
+
+
+def wrap_loader(loader_class) -> None:
+    original = loader_class.at
+
+    def at(self, step):
+        if KIND == "loader" and step == STEP and self.local.start == int(FAULT["replica"]):
+            raise OSError("the disk fell off")
+        return original(self, step)
+
+    loader_class.at = at
+
+
+def run(cfg, comm, stop, original=train.run):
+    """Wraps what the run imports only after the threads are set."""
+    from dpresnet import environment
+
+    environment.prepare(cfg.threads, comm.local_rank, comm.local_size)
+    from dpresnet.data import Loader
+    from dpresnet.trainer import Trainer
+
+    wrap_step(Trainer)
+    wrap_buckets(Trainer)
+    wrap_loader(Loader)
+    original(cfg, comm, stop)
+
+
+if __name__ == "__main__":
+    train.run = run
+    train.main()

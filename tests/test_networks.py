@@ -1,0 +1,130 @@
+"""The networks without PyTorch: sizes known from the papers and from torchvision, names, options, memory."""
+
+import numpy as np
+import pytest
+
+from dpresnet.config import CIFAR_ARCHS, IMAGENET_ARCHS, PLAIN_ARCHS
+from dpresnet.device import Device, choose_device
+from dpresnet.errors import Refused
+from dpresnet.model import Model
+from dpresnet.network import Network
+from dpresnet.plan import lifetimes
+from dpresnet.resnet import ARCHITECTURES, Options
+
+PARAMETERS = {  # 1000 classes; the CIFAR family with 10 and shortcut A
+    "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
+    "resnext50_32x4d": 25_028_904, "resnext101_32x8d": 88_791_336, "wide_resnet50_2": 68_883_240,
+    "resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018, "resnet110": 1_727_962,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return Device(choose_device())
+
+
+def model(device: Device, arch: str, image: int = 32, batch: int = 1, classes: int = 10, **options: object) -> Model:
+    """A recorded network; nothing is allocated on the device."""
+    return Model(device, arch, Options(num_classes=classes, **options), (3, image, image), batch, "fp32")
+
+
+@pytest.mark.parametrize("arch", PARAMETERS)
+def test_parameter_counts(device, arch):
+    small = ARCHITECTURES[arch].small
+    recorded = model(device, arch, classes=10 if small else 1000, stem="cifar" if small else "imagenet")
+    assert recorded.parameter_count == PARAMETERS[arch]
+
+
+def test_command_line_offers_exactly_the_architectures():
+    assert set(IMAGENET_ARCHS + CIFAR_ARCHS + PLAIN_ARCHS) == set(ARCHITECTURES)
+
+
+def test_plain_network_is_the_residual_one_without_shortcuts(device):
+    residual, plain = (model(device, arch, stem="cifar") for arch in ("resnet20", "plain20"))
+    assert {p.name: p.shape for p in residual.parameters} == {p.name: p.shape for p in plain.parameters}
+    stems = [[entry.stem for entry in net.evaluate.plan] for net in (residual, plain)]
+    assert [names.count("residual") for names in stems] == [9, 0]
+    assert [names.count("shortcut") for names in stems] == [2, 0]
+
+
+def test_names_and_shapes_of_a_bottleneck(device):
+    shapes = {p.name: p.shape for p in model(device, "resnet50", classes=1000).parameters}
+    assert shapes["conv1.weight"] == (64, 3, 7, 7)
+    assert shapes["layer1.0.downsample.0.weight"] == (256, 64, 1, 1)
+    assert shapes["layer2.0.conv2.weight"] == (128, 128, 3, 3)
+    assert shapes["layer4.2.bn3.bias"] == (2048,)
+    assert shapes["fc.weight"] == (1000, 2048)
+    assert list(shapes)[-2:] == ["fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize(("block", "first", "second"), [("v1", 2, 1), ("v1.5", 1, 2)])
+def test_where_a_bottleneck_strides(device, block, first, second):
+    recorded = model(device, "resnet50", stem="cifar", block=block)
+    sizes = {t.name: t.height for t in recorded.evaluate.plan.tensors() if len(t.shape) == 5}
+    assert sizes["layer1.2.conv3"] == 32
+    assert sizes["layer2.0.conv1"] == 32 // first
+    assert sizes["layer2.0.conv2"] == 16
+    assert second * first == 2
+
+
+def test_zero_init_residual_starts_every_block_as_its_shortcut():
+    net = Network("resnet20", num_classes=10, image=(3, 8, 8), batch=2, precision="fp32", stem="cifar", zero_init_residual=True)
+    state = net.state_dict()
+    zeros = [name for name in state if name.endswith("bn2.weight")]
+    assert len(zeros) == 9
+    assert all((state[name] == 0).all() for name in zeros)
+    assert (state["layer1.0.bn1.weight"] == 1).all()
+
+
+def test_initial_values_follow_kaiming_fan_out():
+    state = Network("resnet18", num_classes=10, image=(3, 32, 32), batch=1, stem="cifar", seed=3).state_dict()
+    weight = state["layer4.1.conv2.weight"]
+    assert weight.std() == pytest.approx(np.sqrt(2 / (512 * 9)), rel=0.01)
+    assert abs(weight.mean()) < 5 * weight.std() / np.sqrt(weight.size)
+    assert np.abs(state["fc.weight"]).max() <= 1 / np.sqrt(512)
+    other = Network("resnet18", num_classes=10, image=(3, 32, 32), batch=1, stem="cifar", seed=4).state_dict()
+    assert not np.array_equal(weight, other["layer4.1.conv2.weight"])
+
+
+def test_state_dict_round_trip_and_its_complaints():
+    net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=2, stem="cifar")
+    state = {**net.state_dict(), "bn1.num_batches_tracked": np.array(7)}
+    state["layer1.0.bn1.running_mean"] = np.arange(16, dtype=np.float32)
+    assert net.load_state_dict(state) == 1
+    again = net.state_dict()
+    assert all(np.array_equal(again[name], state[name]) for name in again)
+    del state["fc.bias"]
+    state["fc.weight"] = np.zeros((3, 64), np.float32)
+    state["extra"] = np.zeros(1)
+    with pytest.raises(ValueError, match=r"(?s)missing: fc.bias \[10\].*unexpected: extra.*wrong shape: fc.weight is \[3, 64\]"):
+        net.load_state_dict(state)
+
+
+def test_bad_arguments_name_value_and_remedy():
+    with pytest.raises(Refused, match=r"unknown architecture 'resnet19': choose one of resnet18"):
+        Network("resnet19")
+    net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=2, stem="cifar")
+    with pytest.raises(ValueError, match=r"\[2, 3, 8, 8\], not \[N, 1, 8, 8\]"):
+        net.forward(np.zeros((2, 3, 8, 8)))
+    with pytest.raises(ValueError, match="labels are in 0..10, the classes in 0..9"):
+        net.loss_and_grads(np.zeros((2, 1, 8, 8)), np.array([0, 10]))
+    with pytest.raises(ValueError, match="3 images: 1 to 2 fit"):
+        net.loss_and_grads(np.zeros((3, 1, 8, 8)), np.array([0, 1, 2]))
+
+
+def test_intermediates_share_memory(device):
+    """The arena is far smaller than the sum of what lies in it, and not smaller than what lives at one moment."""
+    recorded = model(device, "resnet50", image=64, batch=2)
+    spans = lifetimes(recorded.train.plan)
+    alive = [sum(t.nbytes for t, (a, b) in spans.items() if a <= i <= b) for i in range(len(recorded.train.plan.entries))]
+    arena = sum(recorded.bytes["work"])
+    assert max(alive) <= arena < 1.25 * max(alive)
+    assert arena < 0.6 * sum(t.nbytes for t in spans)
+
+
+def test_any_number_of_images_can_be_evaluated():
+    net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=4, precision="fp32", stem="cifar")
+    images = np.random.default_rng(0).standard_normal((11, 1, 8, 8)).astype(np.float32)
+    one_by_one = np.concatenate([net.forward(image[None]) for image in images])
+    assert np.array_equal(net.forward(images), one_by_one)
+    assert net.forward(images[:0]).shape == (0, 10)

@@ -1,0 +1,181 @@
+"""Training steps in one process: what replicas, buckets, short batches and overflows may and may not change."""
+
+import numpy as np
+import pytest
+
+from dpresnet.amp import LossScaler
+from dpresnet.comm import Solo
+from dpresnet.device import Device, choose_device
+from dpresnet.errors import GaveUp
+from dpresnet.initial import initial_state
+from dpresnet.model import Model
+from dpresnet.resnet import Options
+from dpresnet.trainer import Hyper, Trainer
+
+IMAGE, CLASSES = (3, 8, 8), 5
+HYPER = Hyper(momentum=0.9, weight_decay=1e-3, nesterov=True)
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return Device(choose_device())
+
+
+def make(device: Device, batch: int, replicas: int, precision: str = "fp32", **options: object) -> Trainer:
+    model = Model(device, "resnet20", Options(CLASSES, stem="cifar"), IMAGE, batch, precision, smoothing=0.1)
+    trainer = Trainer(model, Solo(), replicas, **options)
+    trainer.restore(initial_state(model.state, seed=1))
+    return trainer
+
+
+def samples(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, *IMAGE)).astype(np.float32), rng.integers(0, CLASSES, count).astype(np.int32)
+
+
+def split(images: np.ndarray, labels: np.ndarray, batch: int, replicas: int) -> list[tuple]:
+    cuts = [slice(v * batch, (v + 1) * batch) for v in range(replicas)]
+    return [(images[cut], labels[cut], None) for cut in cuts]
+
+
+def gradients(trainer: Trainer, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Unscaled gradients of the batch."""
+    parts = split(images, labels, trainer.model.batch, len(trainer.replicas.all))
+    trainer.forward_backward(parts, len(images))
+    scale = trainer.scaler.scale
+    return {p.name: trainer.replicas.parameter(p.name, "grad") / scale for p in trainer.model.parameters}
+
+
+def worst(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
+    return max(np.abs(left[name] - right[name]).max() / np.abs(right[name]).max() for name in right)
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_replicas_with_shared_statistics_are_one_large_batch(device, replicas):
+    images, labels = samples(12)
+    whole, parts = make(device, 12, 1), make(device, 12 // replicas, replicas)
+    expected, got = gradients(whole, images, labels), gradients(parts, images, labels)
+    assert worst(got, expected) < 4 * np.sqrt(12 * 64) * 2**-24 * 19  # rounding of 19 layers in a row
+    for trainer in (whole, parts):
+        trainer.step(split(images, labels, trainer.model.batch, len(trainer.replicas.all)), 12, 0.1, HYPER)
+    for name in ("bn1", "layer2.1.bn2", "layer3.2.bn1"):
+        for part in ("running_mean", "running_var"):
+            a, b = (t.replicas.buffer(f"{name}.{part}") for t in (whole, parts))
+            assert np.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_local_statistics_are_those_of_each_replica_alone(device):
+    """Two replicas that do not share give the mean of the gradients of two separate runs."""
+    images, labels = samples(8)
+    both = gradients(make(device, 4, 2, sync=False), images, labels)
+    alone = make(device, 4, 1)
+    first, second = (gradients(alone, images[cut], labels[cut]) for cut in (slice(0, 4), slice(4, 8)))
+    expected = {name: (first[name] + second[name]) / 2 for name in first}
+    assert worst(both, expected) < 1e-6
+    assert worst(both, gradients(make(device, 4, 2), images, labels)) > 1e-3
+
+
+def test_running_statistics_without_sync_are_those_of_the_whole_batch_for_the_first_layer(device):
+    """The first norm sees the same input in both modes; only what it normalises with differs."""
+    images, labels = samples(8)
+    sync, local = (make(device, 4, 2, sync=mode) for mode in (True, False))
+    for trainer in (sync, local):
+        trainer.step(split(images, labels, 4, 2), 8, 0.1, HYPER)
+    assert np.array_equal(sync.replicas.buffer("bn1.running_var"), local.replicas.buffer("bn1.running_var"))
+    assert not np.array_equal(sync.replicas.buffer("layer1.0.bn2.running_var"), local.replicas.buffer("layer1.0.bn2.running_var"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_buckets_change_no_bit(device, precision):
+    images, labels = samples(8)
+    one = make(device, 4, 2, precision, first_bucket_mb=1e6)
+    many = make(device, 4, 2, precision, first_bucket_mb=0.01, bucket_mb=0.05)
+    assert len(one.buckets) == 1
+    assert len(many.buckets) > 5
+    for trainer in (one, many):
+        for seed in range(3):
+            trainer.step(split(*samples(8, seed), 4, 2), 8, 0.1, HYPER)
+    assert one.digest() == many.digest()
+
+
+def test_last_gradient_of_every_bucket_comes_before_its_mark(device):
+    plan = make(device, 2, 1, first_bucket_mb=0.01, bucket_mb=0.05).model.train.plan
+    done: set = set()
+    marks = []
+    for entry in plan:
+        if hasattr(entry, "bucket"):
+            assert done.issuperset(entry.gradients)
+            marks.append(entry.bucket)
+        else:
+            done.update(entry.tensors)
+    assert marks == list(range(len(marks)))
+    assert plan.entries.index(next(e for e in plan if hasattr(e, "bucket"))) < len(plan.entries) * 0.75  # early, not at the end
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7])
+def test_short_last_batch_weighs_by_its_images(device, count):
+    """Replicas with fewer or no images: the gradient is that of one batch of exactly these images."""
+    images, labels = samples(count)
+    expected = gradients(make(device, count, 1), images, labels)
+    trainer = make(device, 4, 2)
+    gradients(trainer, *samples(8, seed=9))  # leaves other images and gradients behind
+    assert worst(gradients(trainer, images, labels), expected) < 1e-4
+
+
+def test_overflow_leaves_everything_but_the_scaler_untouched(device):
+    trainer = make(device, 4, 2, "fp16")
+    trainer.step(split(*samples(8), 4, 2), 8, 0.1, HYPER)
+    before = {name: array.copy() for name, array in trainer.arrays().items()}
+    images, labels = samples(8, seed=5)
+    images[6] = 3e4  # of the second replica: fp16 overflows behind the first convolution
+    images[6, :, ::2] = -3e4
+    outcome = trainer.step(split(images * 2, labels, 4, 2), 8, 0.1, HYPER)
+    assert outcome.skipped
+    assert trainer.scaler == LossScaler(scale=2.0**15, good_steps=0, skipped=1, consecutive=1)
+    after = trainer.arrays()
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+    assert not trainer.step(split(*samples(8, seed=6), 4, 2), 8, 0.1, HYPER).skipped
+
+
+def test_give_up_names_the_first_bad_entry(device):
+    trainer = make(device, 4, 2, scaler=LossScaler.disabled())
+    images, labels = samples(8)
+    images[5, 0, 0, 0] = np.nan
+    with pytest.raises(GaveUp, match=r"loss scale 1.*first: entry 0 \(input\) of replica 1 wrote a non-finite value into input"):
+        trainer.step(split(images, labels, 4, 2), 8, 0.1, HYPER)
+    trainer.check = False
+    trainer.replicas.parameter("layer2.1.conv1.weight")[3, 2, 1, 0] = np.inf
+    trainer.replicas.push_state()
+    with pytest.raises(GaveUp, match=r"\(layer2\.1\.conv1\) of replica 0"):
+        trainer.step(split(*samples(8), 4, 2), 8, 0.1, HYPER)
+
+
+def test_half_precision_follows_single(device):
+    """The same ten steps in fp16 and fp32: losses stay close, and parameters differ by far less than they have moved."""
+    losses, states = {}, {}
+    for precision in ("fp32", "fp16"):
+        trainer = make(device, 8, 1, precision)
+        start = trainer.arrays()
+        losses[precision] = [trainer.step(split(*samples(8, s % 2), 8, 1), 8, 0.005, HYPER).loss / 8 for s in range(10)]
+        states[precision] = trainer.arrays()
+    assert np.allclose(losses["fp16"], losses["fp32"], rtol=0.02)
+    assert losses["fp16"][-1] < 0.95 * losses["fp16"][0]
+    moved, apart = (
+        np.sqrt(sum(((states[a][k] - b[k]) ** 2).sum() for k in start if k.startswith("param/")))
+        for a, b in (("fp32", start), ("fp16", states["fp32"]))
+    )
+    assert apart < 0.25 * moved  # batch statistics of 8 small images amplify the rounding of each of 19 layers
+
+
+def test_memory_does_not_move_between_steps(device):
+    """Repeating a step from the same state gives the same bits: nothing is left over from one replay to the next."""
+    trainer = make(device, 4, 2, "fp16")
+    start = trainer.arrays()
+    digests = set()
+    for other in (3, 4):
+        trainer.step(split(*samples(8, other), 4, 2), 8, 0.1, HYPER)
+        trainer.restore(start)
+        trainer.scaler = LossScaler()
+        trainer.step(split(*samples(8), 4, 2), 8, 0.1, HYPER)
+        digests.add(trainer.digest())
+    assert len(digests) == 1
