@@ -141,4 +141,5 @@ class Network:
         return np.concatenate(parts)
 
     def _loss(self, batches: list[tuple]) -> float:
-        return sum(float(r.memory.read(self.model.train.loss)[: len(b[0])].sum(dtype=np.float64)) for r, b in self._each(batches))
+        loss = self.model.train.loss
+        return sum(float(r.memory.read(loss)[: len(b[0])].sum(dtype=np.float64)) for r, b in self._each(batches))

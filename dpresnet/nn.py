@@ -201,9 +201,12 @@ class Recorder:
         name = f"{x.name}.relu"
         y = self.plan.image(name, x.images, x.channels, x.height, x.width)
         relu.forward(self.plan, name, x, y)
-        self.tape.append(
-            lambda: self.give(x, lambda dx, dy=self.gradients.pop(y): relu.backward(self.plan, f"{name}.dx", dy, y, dx))
-        )
+
+        def backward() -> None:
+            dy = self.gradients.pop(y)
+            self.give(x, lambda dx: relu.backward(self.plan, f"{name}.dx", dy, y, dx))
+
+        self.tape.append(backward)
         return y
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
@@ -225,11 +228,12 @@ class Recorder:
         name = self.unique("shortcut")
         y = self.plan.image(name, x.images, channels, -(-x.height // stride), -(-x.width // stride))
         shortcut.forward(self.plan, name, x, y, stride)
-        self.tape.append(
-            lambda: self.give(
-                x, lambda dx, dy=self.gradients.pop(y): shortcut.backward(self.plan, f"{name}.dx", dy, dx, stride)
-            )
-        )
+
+        def backward() -> None:
+            dy = self.gradients.pop(y)
+            self.give(x, lambda dx: shortcut.backward(self.plan, f"{name}.dx", dy, dx, stride))
+
+        self.tape.append(backward)
         return y
 
     def max_pool(self, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
@@ -252,9 +256,12 @@ class Recorder:
         name = self.unique("average_pool")
         y = self.plan.image(name, x.images, x.channels, 1, 1)
         pool.average_forward(self.plan, name, x, y)
-        self.tape.append(
-            lambda: self.give(x, lambda dx, dy=self.gradients.pop(y): pool.average_backward(self.plan, f"{name}.dx", dy, dx))
-        )
+
+        def backward() -> None:
+            dy = self.gradients.pop(y)
+            self.give(x, lambda dx: pool.average_backward(self.plan, f"{name}.dx", dy, dx))
+
+        self.tape.append(backward)
         return y
 
     def linear(self, name: str, x: Tensor, outputs: int) -> Tensor:

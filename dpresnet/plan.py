@@ -124,9 +124,9 @@ class Launch:
 class Exchange:
     """Replicas must agree before the next launch.
 
-    ``kind`` "statistics": merge (count, mean, M2) of ``source`` [2][C] into ``target`` [2][C] = mean, 1 / deviation, and keep the
-    merged mean and M2 for the running statistics of ``name``. ``kind`` "sums": add ``source`` over the replicas, divide by
-    the number of values, into ``target``. ``pixels`` is the number of values per image and channel.
+    ``kind`` "statistics": merge (count, mean, M2) of ``source`` [2][C] into ``target`` [2][C] = mean, 1 / deviation, and keep
+    the merged mean and M2 for the running statistics of ``name``. ``kind`` "sums": add ``source`` over the replicas, divide
+    by the number of values, into ``target``. ``pixels`` is the number of values per image and channel.
     """
 
     name: str

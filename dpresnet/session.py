@@ -273,8 +273,13 @@ class Session:
             "config": to_json(self.cfg),
             "fingerprint": self.dataset.fingerprint,
             "ranks": self.comm.size,
-            "versions": {"dpresnet": __version__, "python": sys.version.split()[0], "numpy": np.__version__,
-                         "device": self.device.name, "mpi": self.comm.library},  # fmt: skip
+            "versions": {
+                "dpresnet": __version__,
+                "python": sys.version.split()[0],
+                "numpy": np.__version__,
+                "device": self.device.name,
+                "mpi": self.comm.library,
+            },
         }
         try:
             checkpoint.save(self.folder, self.progress.step, self.trainer.arrays(), meta, self.cfg.keep, best)
@@ -288,15 +293,23 @@ class Session:
         if different:
             raise RuntimeError(f"the parameters of ranks {different} differ from those of rank 0 at the end")
         cfg = self.cfg
-        self.reporter.finished({
-            "arch": cfg.arch, "dataset": self.dataset.name, "replicas": cfg.replicas, "ranks": self.comm.size,
-            "precision": cfg.precision, "steps": self.progress.step,
+        result = {
+            "arch": cfg.arch,
+            "dataset": self.dataset.name,
+            "replicas": cfg.replicas,
+            "ranks": self.comm.size,
+            "precision": cfg.precision,
+            "steps": self.progress.step,
             "epochs": self.progress.step / self.steps_per_epoch,
-            "test_accuracy": test.correct / test.count, "test_loss": test.loss / test.count,
+            "test_accuracy": test.correct / test.count,
+            "test_loss": test.loss / test.count,
             "images_per_s": self.trained / self.train_s if self.train_s else None,
-            "wall_s": time.monotonic() - self.started_at, "peak_rss_mb": max(mb for _, mb in digests),
-            "device": self.device.name, "params_sha256": digests[0][0],
-        })  # fmt: skip
+            "wall_s": time.monotonic() - self.started_at,
+            "peak_rss_mb": max(megabytes for _, megabytes in digests),
+            "device": self.device.name,
+            "params_sha256": digests[0][0],
+        }
+        self.reporter.finished(result)
 
 
 def build_model(device: Device, cfg: Config, dataset: Dataset) -> Model:

@@ -214,15 +214,13 @@ class Trainer:
         names = list(self._local)
         widths = [self._local[name][0].size for name in names]
         rows = [np.concatenate(parts) for parts in zip(*self._local.values(), strict=True)]
-        bounds = np.cumsum([0, *widths])
+        layers = [slice(end - width, end) for width, end in zip(widths, np.cumsum(widths), strict=True)]
 
         def combine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-            return np.concatenate(
-                [merge_moments(left[a:b], right[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-            )
+            return np.concatenate([merge_moments(left[layer], right[layer]) for layer in layers])
 
         merged = self._exchange.combine(rows, combine)
-        self._moments = {name: merged[a:b] for name, a, b in zip(names, bounds[:-1], bounds[1:], strict=True)}
+        self._moments = {name: merged[layer] for name, layer in zip(names, layers, strict=True)}
 
     def _commit_running_statistics(self) -> None:
         """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2)."""

@@ -34,7 +34,7 @@ WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "datasets.*"]
 
 NOT_OPERATIONS = {"common", "probe"}
-MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 
 
 def source_files():

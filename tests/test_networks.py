@@ -96,7 +96,8 @@ def test_state_dict_round_trip_and_its_complaints():
     del state["fc.bias"]
     state["fc.weight"] = np.zeros((3, 64), np.float32)
     state["extra"] = np.zeros(1)
-    with pytest.raises(ValueError, match=r"(?s)missing: fc.bias \[10\].*unexpected: extra.*wrong shape: fc.weight is \[3, 64\]"):
+    pattern = r"(?s)missing: fc.bias \[10\].*unexpected: extra.*wrong shape: fc.weight is \[3, 64\]"
+    with pytest.raises(ValueError, match=pattern):
         net.load_state_dict(state)
 
 
@@ -106,7 +107,7 @@ def test_bad_arguments_name_value_and_remedy():
     net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=2, stem="cifar")
     with pytest.raises(ValueError, match=r"\[2, 3, 8, 8\], not \[N, 1, 8, 8\]"):
         net.forward(np.zeros((2, 3, 8, 8)))
-    with pytest.raises(ValueError, match="labels are in 0..10, the classes in 0..9"):
+    with pytest.raises(ValueError, match=r"labels are in 0\.\.10, the classes in 0\.\.9"):
         net.loss_and_grads(np.zeros((2, 1, 8, 8)), np.array([0, 10]))
     with pytest.raises(ValueError, match="3 images: 1 to 2 fit"):
         net.loss_and_grads(np.zeros((3, 1, 8, 8)), np.array([0, 1, 2]))
@@ -116,7 +117,8 @@ def test_intermediates_share_memory(device):
     """The arena is far smaller than the sum of what lies in it, and not smaller than what lives at one moment."""
     recorded = model(device, "resnet50", image=64, batch=2)
     spans = lifetimes(recorded.train.plan)
-    alive = [sum(t.nbytes for t, (a, b) in spans.items() if a <= i <= b) for i in range(len(recorded.train.plan.entries))]
+    moments = range(len(recorded.train.plan.entries))
+    alive = [sum(t.nbytes for t, (a, b) in spans.items() if a <= i <= b) for i in moments]
     arena = sum(recorded.bytes["work"])
     assert max(alive) <= arena < 1.25 * max(alive)
     assert arena < 0.6 * sum(t.nbytes for t in spans)

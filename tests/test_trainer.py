@@ -82,12 +82,11 @@ def test_running_statistics_without_sync_are_those_of_the_whole_batch_for_the_fi
     for trainer in (sync, local):
         trainer.step(split(images, labels, 4, 2), 8, 0.1, HYPER)
     assert np.array_equal(sync.replicas.buffer("bn1.running_var"), local.replicas.buffer("bn1.running_var"))
-    assert not np.array_equal(sync.replicas.buffer("layer1.0.bn2.running_var"), local.replicas.buffer("layer1.0.bn2.running_var"))
+    assert not np.array_equal(*(t.replicas.buffer("layer1.0.bn2.running_var") for t in (sync, local)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_buckets_change_no_bit(device, precision):
-    images, labels = samples(8)
     one = make(device, 4, 2, precision, first_bucket_mb=1e6)
     many = make(device, 4, 2, precision, first_bucket_mb=0.01, bucket_mb=0.05)
     assert len(one.buckets) == 1
@@ -141,7 +140,7 @@ def test_give_up_names_the_first_bad_entry(device):
     trainer = make(device, 4, 2, scaler=LossScaler.disabled())
     images, labels = samples(8)
     images[5, 0, 0, 0] = np.nan
-    with pytest.raises(GaveUp, match=r"loss scale 1.*first: entry 0 \(input\) of replica 1 wrote a non-finite value into input"):
+    with pytest.raises(GaveUp, match=r"loss scale 1.*first: entry 0 \(input\) of replica 1 wrote .* into input"):
         trainer.step(split(images, labels, 4, 2), 8, 0.1, HYPER)
     trainer.check = False
     trainer.replicas.parameter("layer2.1.conv1.weight")[3, 2, 1, 0] = np.inf

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +11,7 @@ from dpresnet.device import BLOCK
 from dpresnet.plan import Constant, Local, Plan, Tensor, blocks_of
 
 PIXELS = 256  # output pixels that one work-group aims at: its patch stays in the second-level cache
+MOST_LOCAL_BYTES = 2**20  # more would leave the second-level cache
 LEAST_GROUPS = 32  # work-groups that keep the compute units of a CPU busy to the end
 MOST_SEGMENTS = 64  # see conv_weight_reduce
 
@@ -62,9 +63,6 @@ class Geometry:
         return rows * self.patch_width * lanes
 
 
-assert len(fields(Geometry)) == 32
-
-
 @dataclass(frozen=True)
 class Tap:
     """One position of the kernel window: where it reads, relative to in_step times the output position."""
@@ -76,7 +74,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class Conv:
-    """The shape of one convolution. Sizes are pixels and channels; the weights are [out_channels, in_channels / groups, kernel, kernel]."""
+    """The shape of one convolution; the weights are [out_channels, in_channels / groups, kernel, kernel]."""
 
     images: int
     in_channels: int
@@ -87,9 +85,8 @@ class Conv:
     stride: int
     padding: int
     groups: int
-    vector: int  # lanes of the device's vectors
-    compute_units: int
-    local_bytes: int
+    vector: int  # lanes of the vectors it is computed with
+    local_bytes: int  # local memory of a work-group
 
     @property
     def out_height(self) -> int:
@@ -115,7 +112,8 @@ class Conv:
     @property
     def defines(self) -> dict[str, int]:
         """Tile sizes that fill 16 (AVX2) or 32 (AVX-512) registers."""
-        return {8: {"TILE_P": 6, "TILE_E": 6}, 16: {"TILE_P": 8, "TILE_E": 8}, 1: {}}[self.vector]
+        tile = {8: {"TILE_P": 6, "TILE_E": 6}, 16: {"TILE_P": 8, "TILE_E": 8}, 1: {}}[self.vector]
+        return {"VEC": self.vector, **tile}
 
     def lanes(self, transposed: bool) -> int:
         """CU: channels of an input block that are computed; fewer for images of few channels."""
@@ -169,12 +167,24 @@ class Conv:
 
 
 def conv_for(plan: Plan, x: Tensor, out_channels: int, kernel: int, stride: int, padding: int, groups: int) -> Conv:
-    """The shape of a convolution of ``x`` on the plan's device."""
+    """The shape of a convolution of ``x`` on the plan's device.
+
+    Where even the smallest work-group of the register-tile kernels needs more local memory than there is, the convolution
+    is computed by the scalar ones.
+    """
     device = plan.device
-    return Conv(
-        x.images, x.channels, out_channels, x.height, x.width, kernel, stride, padding, groups,
-        device.vector, device.compute_units, min(device.local_bytes, 2**20),
-    )  # fmt: skip
+    conv = Conv(x.images, x.channels, out_channels, x.height, x.width, kernel, stride, padding, groups,
+                device.vector, min(device.local_bytes, MOST_LOCAL_BYTES))  # fmt: skip
+    return conv if least_local_bytes(conv) <= conv.local_bytes else replace(conv, vector=1)
+
+
+def least_local_bytes(conv: Conv) -> int:
+    """Local memory of work-groups of one row and one image, for the pass that needs most."""
+    phases = [(row, col) for row in range(conv.stride) for col in range(conv.stride)]
+    forward = geometry_of(conv, window_taps(conv), transposed=False)
+    backward = [geometry_of(conv, phase_taps(conv, *phase), True, phase) for phase in phases]
+    patches = [g.patch_floats(conv.lanes(bool(g.transposed))) * g.in_blocks + 2 * g.grid_width for g in (forward, *backward)]
+    return 4 * max(max(patches) + 2 * BLOCK, sum(weight_local_floats(conv, forward)))
 
 
 def phase_taps(conv: Conv, row: int, col: int) -> list[Tap]:
@@ -235,10 +245,10 @@ def with_groups(conv: Conv, geometry: Geometry, lanes: int) -> Geometry:
     target = max(48, min(PIXELS, images * rows * cols // LEAST_GROUPS))
 
     def floats(group_rows: int, group_images: int) -> int:
-        sized = Geometry(**{**vars(geometry), "group_rows": group_rows})
+        sized = replace(geometry, group_rows=group_rows)
         return sized.patch_floats(lanes) * geometry.in_blocks * group_images
 
-    limit = conv.local_bytes // 4 * 3 // 4
+    limit = conv.local_bytes // 4 - 4 * PIXELS  # floats, beside the table of pixels
     group_rows = max(1, min(rows, -(-target // cols)))
     while group_rows > 1 and floats(group_rows, 1) > limit:
         group_rows -= 1
@@ -250,9 +260,7 @@ def with_groups(conv: Conv, geometry: Geometry, lanes: int) -> Geometry:
     groups = -(-images // group_images) * -(-rows // group_rows)
     tiles = conv.tiles(bool(geometry.transposed))
     parts = max(1, min(tiles // 4, -(-LEAST_GROUPS // groups)))
-    return Geometry(
-        **{**vars(geometry), "group_rows": group_rows, "group_images": group_images, "tiles_per_group": -(-tiles // parts)}
-    )
+    return replace(geometry, group_rows=group_rows, group_images=group_images, tiles_per_group=-(-tiles // parts))
 
 
 def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, taps: list[Tap], transposed: bool,
@@ -308,20 +316,27 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
         size = (entries * channels, tiles * blocks, segments)
         plan.launch(name, "conv_weight", size, [*args, geometry.constant()], [partial], conv.flops, **defines)
     else:
-        geometry = with_rows(geometry)
-        padded = -(-entries // defines["TILE_E"]) * defines["TILE_E"]
-        pixels = geometry.group_rows * geometry.grid_width
-        local = [geometry.patch_floats(lanes), pixels * channels, padded * channels, pixels, padded]
-        args += [geometry.constant(), *(Local(4 * n) for n in local)]
+        geometry = with_rows(conv, geometry)
+        args += [geometry.constant(), *(Local(4 * n) for n in weight_local_floats(conv, geometry))]
         plan.launch(name, "conv_weight", (segments, tiles, blocks), args, [partial], conv.flops, **defines)
     size = (lanes, blocks, tiles)
     plan.launch(f"{name}.reduce", "conv_weight_reduce", size, [partial, dw, geometry.constant()], [dw], **defines)
 
 
-def with_rows(geometry: Geometry) -> Geometry:
+def weight_local_floats(conv: Conv, geometry: Geometry) -> list[int]:
+    """Patch, gradient, sums, table of pixels and table of entries of conv_weight."""
+    lanes, edge = conv.lanes(False), conv.defines.get("TILE_E", 1)
+    padded = -(-geometry.taps * lanes // edge) * edge
+    pixels = geometry.group_rows * geometry.grid_width
+    return [geometry.patch_floats(lanes), pixels * conv.tile_channels, padded * conv.tile_channels, pixels, padded]
+
+
+def with_rows(conv: Conv, geometry: Geometry) -> Geometry:
     """Rows of the output whose patch and gradient fit in the first-level cache together."""
     rows = max(1, min(geometry.grid_height, PIXELS // 2 // geometry.grid_width))
-    return Geometry(**{**vars(geometry), "group_rows": rows})
+    while rows > 1 and 4 * sum(weight_local_floats(conv, replace(geometry, group_rows=rows))) > conv.local_bytes:
+        rows -= 1
+    return replace(geometry, group_rows=rows)
 
 
 def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, transposed: bool) -> None:
