@@ -38,7 +38,7 @@ lint: .venv/installed
 	$(IN_VENV) shellcheck launch/*.sh .ci/run
 
 bench: .venv/installed
-	$(IN_VENV) python -m dpresnet.bench $(FLAGS)
+	$(IN_VENV) python -m dpresnet.bench ops $(FLAGS)
 
 clean:
 	rm -rf .venv .venv-openmpi build *.egg-info .pytest_cache .ruff_cache

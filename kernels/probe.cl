@@ -1,4 +1,4 @@
-// probe.cl - asks the device's compiler what it generates code for.
+// probe.cl - what the device's compiler generates code for, and how fast its multiply-adds are at best.
 
 __kernel void probe_vector(__global int *lanes)
 {
@@ -7,4 +7,18 @@ __kernel void probe_vector(__global int *lanes)
 #else
     lanes[0] = 8;
 #endif
+}
+
+// CHAINS independent chains of fused multiply-adds in registers, `rounds` long: the ceiling of every other kernel.
+// One work-item: 2 * CHAINS * VEC * rounds operations.
+#define CHAINS 12
+__kernel void probe_peak(__global float *out, const int rounds)
+{
+    vec sum[CHAINS];
+    const vec factor = (vec)(out[0]), term = (vec)(out[1]);
+    UNROLL for (int i = 0; i < CHAINS; i++) sum[i] = (vec)(i);
+    for (int r = 0; r < rounds; r++) UNROLL for (int i = 0; i < CHAINS; i++) sum[i] = sum[i] * factor + term;
+    vec total = 0;
+    UNROLL for (int i = 0; i < CHAINS; i++) total += sum[i];
+    STOREF(total, out + BLOCK * (get_global_id(0) + 1));
 }

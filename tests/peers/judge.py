@@ -62,7 +62,7 @@ def our_outcome(net: dpresnet.Network, problem: Problem) -> Arrays:
 
 
 def torch_training(net: torch_resnet.ResNet, weights: Arrays, batches: Iterable[Batch], sgd: SGD) -> Arrays:
-    """The loss of every step, then how far each parameter moved, and the running statistics."""
+    """The loss of every step, and the parameters and running statistics after the last."""
     load(net, weights)
     optimizer = torch.optim.SGD(net.parameters(), **sgd._asdict())
     losses = []
@@ -72,14 +72,14 @@ def torch_training(net: torch_resnet.ResNet, weights: Arrays, batches: Iterable[
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return training_outcome(losses, weights, state(net))
+    return as_float64({"losses": losses} | state(net))
 
 
 def our_training(net: dpresnet.Network, weights: Arrays, batches: Iterable[Batch], sgd: SGD) -> Arrays:
     """The same by dpresnet."""
     net.load_state_dict(weights)
     losses = sgd_steps(net, batches, **sgd._asdict())
-    return training_outcome(losses, weights, net.state_dict())
+    return as_float64({"losses": losses} | {name: net.state_dict()[name] for name in weights})
 
 
 def sgd_steps(
@@ -88,14 +88,6 @@ def sgd_steps(
     """One training step per batch; the loss of each, before its update."""
     options = SGD(lr, momentum, weight_decay, nesterov)._asdict()
     return [float(net.train_step(images, labels, **options)) for images, labels in batches]
-
-
-def training_outcome(losses: list[float], weights: Arrays, after: dict) -> Arrays:
-    """The change of a parameter is what ten steps compute; next to the parameter itself its error would vanish."""
-    after = as_float64(after)
-    parameters = [name for name in weights if "running_" not in name]
-    moved = {f"change of {name}": after[name] - weights[name].astype(np.float64) for name in parameters}
-    return as_float64({"losses": losses}) | moved | statistics(after)
 
 
 def statistics(found: dict) -> dict:

@@ -86,9 +86,11 @@ FP16 = [
     Case("resnet20", batch=16, options=CIFAR | {"block": "v2"}, ordinary=True),
 ]
 
+# Small learning rates: the step of the classifier grows with its inputs, and a loss that explodes compares nothing.
 TRAINED = [
-    (Case("resnet18", batch=4, options=CIFAR), SGD(lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)),
-    (Case("resnet50", (3, 64, 64), batch=4, options=IMAGENET), SGD(lr=0.02, momentum=0.9, weight_decay=1e-2, nesterov=False)),
+    (Case("resnet18", batch=4, options=CIFAR), SGD(lr=0.003, momentum=0.9, weight_decay=5e-4, nesterov=True)),
+    (Case("resnet50", (3, 64, 64), batch=4, options=IMAGENET), SGD(0.001, 0.9, weight_decay=1e-2, nesterov=False)),
+    (Case("resnet20", options=CIFAR), SGD(lr=0.01, momentum=0.0, weight_decay=0.0, nesterov=False)),
 ]
 
 
@@ -121,7 +123,7 @@ def test_fp16_logits_loss_gradients_and_statistics(case):
 
 @pytest.mark.parametrize(("case", "sgd"), TRAINED, ids=str)
 def test_ten_steps_of_sgd(case, sgd):
-    """Every step starts from the errors of the ones before, and so may lose as much again: ten times the floor."""
+    """The floor: every step rounds weight decay, momentum, the Nesterov sum and the update, 2^-24 each."""
     weights, judge, batches = pose(case).weights, case.torch(torch.float64), []
 
     def drawn_while_training():
@@ -133,7 +135,7 @@ def test_ten_steps_of_sgd(case, sgd):
     truth = torch_training(judge, weights, drawn_while_training(), sgd)
     peer = torch_training(case.torch(torch.float32), weights, batches, sgd)
     ours = our_training(network(case), weights, batches, sgd)
-    assert_within(ours, peer, truth, largest, factor=4, floor=10 * random_walk(case))
+    assert_within(ours, peer, truth, largest, factor=4, floor=10 * 4 * 2.0**-24)
 
 
 def meta_network(arch: str, **options) -> torch_resnet.ResNet:
