@@ -288,9 +288,9 @@ def _join(launch: Launch) -> Any:
 
 
 def _library(mpi: Any) -> str:
-    """Name and version of the MPI library, such as ``Open MPI v5.0.11``."""
+    """Name and version of the MPI library, such as ``MPICH 5.0.2`` or ``Open MPI v5.0.11``."""
     first = mpi.Get_library_version().splitlines()[0]
-    return " ".join(first.split(",")[0].split())
+    return " ".join(first.split(",")[0].replace("Version:", "").split())
 
 
 def _strangers(launch: Launch, mpi: Any) -> Refused:

@@ -68,7 +68,7 @@ class Config:
     bn: str = _flag("sync", "run", "batch norm statistics: of all replicas or of each", choices=("sync", "local"))
     precision: str = _flag("fp16", "run", "storage of activations and working weights; sums and masters are fp32",
                            choices=("fp16", "fp32"))
-    epochs: int = _flag(40, "run", "passes over the training set", least=1)
+    epochs: int = _flag(25, "run", "passes over the training set", least=1)
     steps: int = _flag(0, "run", "stop after so many steps in all, the schedule as it was; 0: no limit", least=0)
     seed: int = _flag(0, "run", "fixes initial weights, order of samples and augmentation", least=0, most=2**32 - 1)
 

@@ -281,20 +281,22 @@ __kernel void conv_weight_reduce(
     const int i = (conv_first_block(g, tile * g.tile_channels) + get_global_id(1)) * BLOCK + c;
     const long stride = (long)get_global_size(2) * g.tile_blocks * g.taps * CU * g.tile_channels;
     if (i >= g.in_channels) return;
-    for (int t = 0; t < g.taps; t++)
-        for (int lane = 0; lane < g.tile_channels; lane += VEC) {
-            __global const float *source =
-                partial + (((long)(tile * g.tile_blocks + get_global_id(1)) * g.taps + t) * CU + c) * g.tile_channels + lane;
+    const int group = i / g.in_group, first = group * g.out_group;  // output channels that i is connected to
+    for (int lane = 0; lane < g.tile_channels; lane += VEC) {
+        const int o = tile * g.tile_channels + lane;
+        __global const float *source =
+            partial + ((long)(tile * g.tile_blocks + get_global_id(1)) * g.taps * CU + c) * g.tile_channels + lane;
+        __global float *out = dw + ((long)o * g.in_group + i - group * g.in_group) * g.taps;
+        for (int t = 0; t < g.taps; t++, source += CU * g.tile_channels) {
             vec part[64];  // segments <= 64, see ops/conv.py
             for (int s = 0; s < g.segments; s++) part[s] = LOADF(source + s * stride);
             for (int width = g.segments; width > 1; width = (width + 1) / 2)
                 for (int s = 0; s < width / 2; s++) part[s] += part[s + (width + 1) / 2];
-            for (int l = 0; l < VEC; l++) {
-                const int o = tile * g.tile_channels + lane + l;
-                if (o < g.out_channels && o / g.out_group == i / g.in_group)
-                    dw[((long)o * g.in_group + i % g.in_group) * g.taps + t] = ((float *)part)[l];
-            }
+            for (int l = 0; l < VEC; l++)
+                if (o + l >= first && o + l < first + g.out_group)
+                    out[(long)l * g.in_group * g.taps + t] = ((float *)part)[l];
         }
+    }
 }
 
 // Working copy of the weights in the order conv_gather reads, zeros where channels are not connected, rounded to fp16 when
@@ -308,14 +310,16 @@ __kernel void conv_pack(__global const float *restrict master, __global float *r
     const int i = (conv_first_block(g, tile * g.tile_channels) + get_global_id(1)) * BLOCK + c;
     __global float *out = packed + (((long)tile * g.tile_blocks + get_global_id(1)) * g.all_taps * CU + get_global_id(0))
                                        * g.tile_channels;
+    const int group = i / g.in_group, first = group * g.out_group;  // output channels that i is connected to
     for (int lane = 0; lane < g.tile_channels; lane += VEC) {
+        const int o = tile * g.tile_channels + lane;
+        // master [o][i of the group][t], or transposed [i][o of the group][t]
+        __global const float *source = g.transposed ? master + ((long)i * g.out_group + o - first) * g.all_taps + t
+                                                    : master + ((long)o * g.in_group + i - group * g.in_group) * g.all_taps + t;
+        const long step = g.transposed ? g.all_taps : (long)g.in_group * g.all_taps;
         vec v = 0;
-        for (int l = 0; l < VEC; l++) {
-            const int o = tile * g.tile_channels + lane + l;
-            if (o < g.out_channels && i < g.in_channels && o / g.out_group == i / g.in_group)
-                ((float *)&v)[l] = g.transposed ? master[((long)i * g.out_group + o % g.out_group) * g.all_taps + t]
-                                                : master[((long)o * g.in_group + i % g.in_group) * g.all_taps + t];
-        }
+        for (int l = 0; l < VEC; l++)
+            if (i < g.in_channels && o + l >= first && o + l < first + g.out_group) ((float *)&v)[l] = source[l * step];
 #if HALF
         v = ROUND_HALF(v);
 #endif

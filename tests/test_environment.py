@@ -9,6 +9,7 @@ import pytest
 from dpresnet import environment
 from dpresnet.environment import THREAD_VARIABLES, kernel_cache, prepare
 from dpresnet.errors import Refused
+from tests.launching import python
 
 
 @pytest.fixture
@@ -105,3 +106,17 @@ def test_intel_runtime_is_looked_for_in_the_environment_of_this_python(clean, tm
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libintelocl.so").touch()
     assert environment.intel_vendors() == tmp_path / "lib" / "libintelocl.so"
+
+
+@pytest.mark.parametrize("threads_asked", [1, 2])
+def test_pocl_obeys(threads_asked, tmp_path):
+    """In a process of its own, because a runtime reads the settings once."""
+    code = f"""if True:
+        from dpresnet.environment import prepare
+        prepare({threads_asked}, 0, 1)
+        import pyopencl
+        (pocl,) = [p for p in pyopencl.get_platforms() if p.name == "Portable Computing Language"]
+        print(pocl.get_devices()[0].max_compute_units)
+        """
+    done = python(["-c", code], env={"POCL_CACHE_DIR": str(tmp_path)})
+    assert done.stdout == f"{threads_asked}\n", done.stderr

@@ -37,6 +37,8 @@ def fail(comm):
         raise KeyError("what went wrong")
     if KIND == "exit":
         sys.exit("a word at the end")
+    if KIND == "help":
+        sys.exit(0)
     if KIND == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
     if KIND == "kill":

@@ -115,7 +115,7 @@ class RoundToHalf(torch.autograd.Function):
 
 
 def store_in_half(net: torch_resnet.ResNet) -> torch_resnet.ResNet:
-    """The fp32 `net` itself, with the output of every layer, and its gradient, rounded to fp16; arithmetic stays fp32."""
+    """The fp32 `net` itself, now rounding every layer's output, and its gradient, to fp16; arithmetic stays fp32."""
     rounded = nn.Conv2d | nn.BatchNorm2d | nn.ReLU | torch_resnet.PostActivation | torch_resnet.PreActivation
     for module in net.modules():
         if isinstance(module, rounded):
@@ -134,11 +134,11 @@ def half_problem(problem: Problem) -> Problem:
 
 def largest(found: Arrays, truth: Arrays) -> dict[str, float]:
     """The largest deviation of each array, relative to the largest true value."""
-    return {name: float(np.abs(found[name] - truth[name]).max() / scale(name, truth)) for name in same_names(found, truth)}
+    return {n: float(np.abs(found[n] - truth[n]).max() / scale(n, truth)) for n in same_names(found, truth)}
 
 
 def overall(found: Arrays, truth: Arrays) -> dict[str, float]:
-    """The deviation of each array as a whole: relative, in the Euclidean norm (absolute where all true values are 0)."""
+    """The deviation of each array as a whole: relative, in the Euclidean norm (absolute where the truth is 0)."""
     norm = np.linalg.norm
     return {n: float(norm(found[n] - truth[n]) / (norm(truth[n]) or 1.0)) for n in same_names(found, truth)}
 
@@ -151,8 +151,8 @@ def same_names(found: Arrays, truth: Arrays) -> Iterable[str]:
 def scale(name: str, truth: Arrays) -> float:
     """The largest value of the array, or 1 if all are 0 (as gradients behind a zeroed norm are).
 
-    A norm's weight and bias share theirs: their gradients are sums of the same terms (one set times numbers of deviation
-    1), and the bias's vanishes where the next norm takes any shift out again.
+    A norm's weight and bias share theirs: their gradients are sums of the same terms (one set times numbers of
+    deviation 1), and the bias's vanishes where the next norm takes any shift out again.
     """
     module, _, kind = name.rpartition(".")
     partner = truth.get(f"{module}.{'bias' if kind == 'weight' else 'weight'}")

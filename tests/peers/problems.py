@@ -1,8 +1,8 @@
 """Networks with weights and images on which two correct implementations must agree.
 
-The gradient of a ReLU network jumps where a ReLU's input crosses zero (and a max pool's where two inputs are equal). Of
-ten million ReLU inputs some always lie within a rounding error of zero; correct implementations then differ by percents.
-So weights are drawn such that few inputs lie near zero, and images until none lies within MARGIN of it.
+The gradient of a ReLU network jumps where a ReLU's input crosses zero (and a max pool's where two inputs are equal).
+Of ten million ReLU inputs some always lie within a rounding error of zero; correct implementations then differ by
+percents. So weights are drawn such that few inputs lie near zero, and images until none lies within MARGIN of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch_resnet
 from torch import Tensor, nn
 
 MARGIN = 2.0**-18
-"""64 roundings of a number near 1; ReLU inputs here are of that size. Rounding is seen to move them by a tenth of it."""
+"""64 roundings (2^-24 each) of a number near 1, which is the size of the ReLU inputs here."""
 
 Arrays = dict[str, np.ndarray]
 Batch = tuple[np.ndarray, np.ndarray]
@@ -84,8 +84,8 @@ def draw_weights(net: nn.Module, rng: np.random.Generator, ordinary: bool) -> Ar
         elif kind == "weight":
             drawn[name] = rng.uniform(0.5, 1.5, shape) if ordinary else rng.uniform(0.3, 0.4, shape)
         elif kind == "bias":
-            centred = ordinary or name == "fc.bias"
-            drawn[name] = rng.uniform(-0.5, 0.5, shape) if centred else np.where(np.arange(shape[0]) % 3 == 2, -1.0, 1.0)
+            switched = np.where(np.arange(shape[0]) % 3 == 2, -1.0, 1.0)
+            drawn[name] = rng.uniform(-0.5, 0.5, shape) if ordinary or name == "fc.bias" else switched
         else:
             drawn[name] = np.full(shape, 1.0 if kind == "running_var" else 0.0)
     return {name: value.astype(np.float32) for name, value in drawn.items()}
@@ -133,7 +133,7 @@ def undecided_raises(net: nn.Module) -> Iterator[None]:
 def margin(module: nn.Module, x: Tensor) -> float:
     """The least distance of a ReLU's input from zero, or of the largest two in a 3x3 window of stride 2.
 
-    An exact 0 is no accident: it was made by an earlier ReLU or a zeroed norm, is 0 in fp32 too, and stops the gradient.
+    An exact 0 is no accident: an earlier ReLU or a zeroed norm made it; it is 0 in fp32 too, and stops the gradient.
     """
     if isinstance(module, nn.ReLU):
         return x[x != 0].abs().min().item()

@@ -170,7 +170,7 @@ def shapes(arrays: dict) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("block", ["v1.5", "v2"])
 @pytest.mark.parametrize("zero", [False, True])
 def test_initial_weights(block, zero):
-    """Kaiming normal over the fan out (He 2015, arXiv:1502.01852, eq. 14), norms 1 and 0; zeros where PyTorch has them."""
+    """Kaiming normal over the fan out (He 2015, arXiv:1502.01852, eq. 14), norms 1 and 0; zeros as in PyTorch."""
     case = Case("resnext50_32x4d", options=CIFAR | {"block": block, "zero_init_residual": zero}, batch=1)
     theirs, ours = state(case.torch(torch.float32)), network(case).state_dict()
     for name, value in theirs.items():
@@ -213,8 +213,7 @@ def test_state_survives_loading_bit_for_bit(precision):
 def test_foreign_state_is_refused_with_everything_that_is_wrong():
     case = Case("resnet20", options=CIFAR)
     net, weights = network(case), pose(case, clear=False).weights
-    before = net.state_dict()
-    before = {name: np.array(value) for name, value in before.items()}
+    before = {name: np.array(value) for name, value in net.state_dict().items()}
     foreign = {"module." + name if name == "bn1.bias" else name: value for name, value in weights.items()}
     foreign["fc.weight"] = np.zeros((100, 64), np.float32)
     with pytest.raises((ValueError, Refused)) as refusal:

@@ -71,7 +71,7 @@ def test_reference_convolution(n, c, h, w, o, kernel, stride, padding, groups):
 @pytest.mark.parametrize("shape", [(4, 3, 5, 6), (2, 17, 1, 1), (1, 2, 3, 7)])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_reference_batchnorm_in_training(shape, replicas):
-    """Statistics are taken per half of the rows (a replica has images; rows split evenly for a batch of 1) and merged."""
+    """Two replicas: statistics of each part, merged. A batch of 1 is divided by rows, which is the same to a norm."""
     c = shape[1]
     x, weight, bias = draw(*shape) * 3 + 5, draw(c, seed=1), draw(c, seed=2)
     running = draw(c, seed=3), draw(c, seed=4) ** 2
@@ -82,7 +82,8 @@ def test_reference_batchnorm_in_training(shape, replicas):
     count, mean, m2 = moments
 
     after = [torch.tensor(value) for value in running]
-    expected = F.batch_norm(*map(torch.from_numpy, (x,)), *after, *map(torch.from_numpy, (weight, bias)), training=True)
+    arguments = (torch.from_numpy(x), *after, torch.from_numpy(weight), torch.from_numpy(bias))
+    expected = F.batch_norm(*arguments, training=True)
     agree(reference.batchnorm_apply(x, mean, m2 / count, weight, bias), expected)
     for ours, theirs in zip(reference.batchnorm_running(*running, count, mean, m2), after, strict=True):
         agree(ours, theirs)
@@ -210,7 +211,6 @@ def test_loss_of_extreme_logits(classes):
     expected = reference.loss_backward(logits, labels, scale=1 / case.batch).sum(axis=0)
     # A rounding of the exponent's argument, of size up to 400, is a relative error of the exponential.
     np.testing.assert_allclose(gradients["fc.bias"], expected, rtol=0, atol=4 * 400 * 2.0**-24)
-    assert not gradients["fc.weight"].any() or np.isfinite(gradients["fc.weight"]).all()
 
 
 def test_variance_beside_a_large_mean():

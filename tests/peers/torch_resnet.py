@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Arch:
-    """`width` is the output width of the stem; stage s has `width * 2**s` planes. `groups` and `group_width` as in Xie 2017."""
+    """`width`: channels behind the stem; stage s has `width * 2**s` planes. `groups`, `group_width`: Xie 2017, table 2."""
 
     blocks: tuple[int, ...]
     bottleneck: bool = False
@@ -121,9 +120,7 @@ def stem_conv(stem: str, in_channels: int, width: int) -> nn.Module:
     )
 
 
-def stage(
-    arch: Arch, channels: int, planes: int, stride: int, count: int, shortcut: str, block: str
-) -> nn.Sequential:
+def stage(arch: Arch, channels: int, planes: int, stride: int, count: int, shortcut: str, block: str) -> nn.Sequential:
     """`count` blocks; the first one takes `channels` inputs and the stride."""
     kind = PreActivation if block == "v2" else PostActivation
     outputs = planes * arch.expansion
@@ -136,7 +133,7 @@ def stage(
 
 
 def branch(arch: Arch, inputs: int, planes: int, stride: int, block: str) -> list[nn.Conv2d]:
-    """The convolutions of one block: 3x3, 3x3 (basic) or 1x1, 3x3, 1x1 (bottleneck; only v1 strides in the first 1x1)."""
+    """The convolutions of a block: 3x3, 3x3 (basic) or 1x1, 3x3, 1x1 (bottleneck; v1 strides in the first 1x1)."""
     if not arch.bottleneck:
         return [conv(inputs, planes, 3, stride), conv(planes, planes, 3)]
     inner = planes * arch.group_width // 64 * arch.groups
@@ -148,15 +145,13 @@ def branch(arch: Arch, inputs: int, planes: int, stride: int, block: str) -> lis
     ]
 
 
-def shortcut_path(
-    arch: Arch, inputs: int, outputs: int, stride: int, shortcut: str, block: str
-) -> nn.Module | None:
-    """He 2015, section 3.3: A pads new channels with zeros, B projects where the shape changes, C projects everywhere."""
+def shortcut_path(arch: Arch, inputs: int, outputs: int, stride: int, shortcut: str, block: str) -> nn.Module | None:
+    """He 2015, section 4.1: A pads new channels with zeros, B projects where the shape changes, C everywhere."""
     if not arch.shortcuts:
         return None
     changes = stride != 1 or inputs != outputs
     if shortcut == "C" or (shortcut == "B" and changes):
-        # In v2 the projection reads an input that has just been normalised and its output is normalised by the next block.
+        # In v2 the projection reads an input that has just been normalised, and the next block normalises the sum.
         norm = [] if block == "v2" else [nn.BatchNorm2d(outputs)]
         return nn.Sequential(conv(inputs, outputs, 1, stride), *norm)
     return ZeroPadding(stride, outputs - inputs) if changes else nn.Identity()
@@ -196,8 +191,8 @@ class PostActivation(nn.Module):
 class PreActivation(nn.Module):
     """v2: shortcut + conv(relu(norm(... conv(relu(norm(x)))))).
 
-    A shortcut that is not the identity reads the activated input (He 2016, appendix, says so of projections; zero padding
-    follows the same rule here); the identity passes x itself.
+    A shortcut that is not the identity reads the activated input (He 2016, appendix, says so of projections; zero
+    padding follows the same rule here); the identity passes x itself.
     """
 
     def __init__(self, convs: list[nn.Conv2d], downsample: nn.Module | None):
@@ -221,8 +216,9 @@ class PreActivation(nn.Module):
 def initialise(net: ResNet, zero_init_residual: bool) -> None:
     """Kaiming normal over the fan out; PyTorch's defaults (norm 1 and 0, uniform classifier) for the rest.
 
-    `zero_init_residual` makes every block start as its shortcut: the last norm scales by 0 (Goyal 2017, arXiv:1706.02677,
-    section 5.1). In v2 a convolution comes last; it is zeroed itself, since a zero norm in front of a ReLU never learns.
+    `zero_init_residual` makes every block start as its shortcut: the last norm scales by 0 (Goyal 2017,
+    arXiv:1706.02677, section 5.1). In v2 a convolution comes last; it is zeroed itself, since a zero norm in front of a
+    ReLU would never learn.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -231,8 +227,3 @@ def initialise(net: ResNet, zero_init_residual: bool) -> None:
         if zero_init_residual and isinstance(module, PostActivation | PreActivation):
             last = "bn" if isinstance(module, PostActivation) else "conv"
             nn.init.zeros_(getattr(module, f"{last}{module.depth}").weight)
-
-
-def parameters(net: nn.Module) -> int:
-    """How many numbers are trained."""
-    return sum(p.numel() for p in net.parameters())
