@@ -80,7 +80,8 @@ def measure_ops(args: argparse.Namespace) -> tuple[list[Row], list[float], str]:
     for _ in range(args.rounds):
         peaks.append(peak())
         seconds.append([timed(lambda e=e, k=k: replicas.enqueue(e, k), device.finish) for e, k in launches])
-    return [row(e, times, peaks) for (e, _), times in zip(launches, zip(*seconds, strict=True), strict=True)], peaks, device.name
+    rows = [row(e, times, peaks) for (e, _), times in zip(launches, zip(*seconds, strict=True), strict=True)]
+    return rows, peaks, device.name
 
 
 def row(entry: object, times: tuple[float, ...], peaks: list[float]) -> Row:

@@ -78,9 +78,7 @@ def _run(command: list[str], env: dict[str, str], timeout: float) -> Finished:
     # Files instead of pipes: a process left behind would keep a pipe open, and reading it would outlast the time limit.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         begin = time.monotonic()
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:

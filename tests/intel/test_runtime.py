@@ -1,5 +1,6 @@
-"""The program on a second, independent OpenCL implementation. Run with OCL_ICD_VENDORS naming Intel's library: `make test-intel`
-also runs tests/ops there.
+"""The program on a second, independent OpenCL implementation.
+
+Run with OCL_ICD_VENDORS naming Intel's library; `make test-intel` also runs tests/ops there.
 """
 
 import json

@@ -11,8 +11,7 @@ from tests.launching import mpirun, python
 
 WORKER = str(Path(__file__).with_name("worker_comm.py"))
 CONNECT = (
-    "import sys; from dpresnet.comm import connect; c = connect(); "
-    "print(type(c).__name__, c.size, 'mpi4py' in sys.modules)"
+    "import sys; from dpresnet.comm import connect; c = connect(); print(type(c).__name__, c.size, 'mpi4py' in sys.modules)"
 )
 LOCAL_RANKS = """
 from dpresnet.comm import connect

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Arch:
-    """`width`: channels behind the stem; stage s has `width * 2**s` planes. `groups`, `group_width`: Xie 2017, table 2."""
+    """`width`: channels behind the stem; stage s has `width * 2**s` planes. `groups`, `group_width`: Xie 2017."""
 
     blocks: tuple[int, ...]
     bottleneck: bool = False
