@@ -81,6 +81,15 @@ def test_the_wheel_works_away_from_the_checkout(installed, tmp_path):
         assert "usage" in run(sys.executable, "-m", f"dpresnet.{program}", "--help", env=environ, cwd=tmp_path).lower()
 
 
+def test_the_wheel_trains_away_from_the_checkout(installed, tmp_path):
+    """Kernels, launchers and the embedded data set come from the wheel alone."""
+    script = f"import dpresnet; assert dpresnet.__path__ == [{str(installed / 'dpresnet')!r}], dpresnet.__path__\n"
+    script += "from dpresnet import train; train.main()"
+    command = (sys.executable, "-c", script, "--replicas", "2", "--steps", "2", "--out", str(tmp_path / "run"))
+    run(*command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, timeout=100)
+    assert '"steps": 2,' in (tmp_path / "run" / "result.json").read_text()
+
+
 def test_the_installed_launcher_is_found_and_runs(installed, tmp_path):
     script = installed / "dpresnet" / "launch" / "local.sh"
     assert "dpresnet.train" in run("bash", str(script), "-n", "1", env=fakes(tmp_path, "mpich", cores=4))

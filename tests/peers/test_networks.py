@@ -124,7 +124,7 @@ def test_fp16_logits_loss_gradients_and_statistics(case):
 @pytest.mark.parametrize(("case", "sgd"), TRAINED, ids=str)
 def test_ten_steps_of_sgd(case, sgd):
     """The floor: every step rounds weight decay, momentum, the Nesterov sum and the update, 2^-24 each."""
-    weights, judge, batches = pose(case).weights, case.torch(torch.float64), []
+    weights, judge, batches = pose(case, clear=False).weights, case.torch(torch.float64), []
 
     def drawn_while_training():
         rng = np.random.default_rng(1)

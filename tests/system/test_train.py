@@ -238,3 +238,15 @@ def test_default_run_learns_the_digits(tmp_path):
     """The default settings, as 4 ranks train them (the same bits in one process), reach 98 % on the test split."""
     result = succeed(0, tmp_path, base=("--replicas", "4"))
     assert result["test_accuracy"] >= 0.98
+
+
+def test_each_kernel_compiles_once_on_a_node(tmp_path):
+    """The first rank of a node compiles everything before the others start: afterwards nothing new enters the cache."""
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    cache.mkdir()
+    argv = [str(WORKER), *FLAGS, "--steps", "13", "--out", str(out)]
+    done = mpirun(4, argv, env={"POCL_CACHE_DIR": str(cache), "FAULT": f"kind=list-cache,file={tmp_path / 'list'}"}, timeout=110)
+    assert done.returncode == 0, done.stderr
+    compiled = {str(path): path.stat().st_mtime_ns for path in cache.rglob("*.so")}
+    assert len(compiled) > 20
+    assert compiled == json.loads((tmp_path / "list").read_text())

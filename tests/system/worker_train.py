@@ -4,9 +4,11 @@ FAULT="kind=exception,rank=1,step=3". The product knows nothing of this: public 
 count as the rank that would own the replica: give replica= instead of rank= to strike wherever it lives.
 """
 
+import json
 import os
 import signal
 import time
+from pathlib import Path
 
 from dpresnet import train
 
@@ -62,6 +64,19 @@ def wrap_buckets(trainer_class) -> None:
     trainer_class._start_bucket = start
 
 
+def wrap_node_barrier(comm) -> None:
+    """Writes down what the kernel cache holds when the first rank of the node lets the others build."""
+    original = comm.node_barrier
+
+    def barrier():
+        if comm.local_rank == 0:
+            compiled = Path(os.environ["POCL_CACHE_DIR"]).rglob("*.so")
+            Path(FAULT["file"]).write_text(json.dumps({str(path): path.stat().st_mtime_ns for path in compiled}))
+        original()
+
+    comm.node_barrier = barrier
+
+
 def wrap_loader(loader_class) -> None:
     original = loader_class.at
 
@@ -84,6 +99,8 @@ def run(cfg, comm, stop, original=train.run):
     wrap_step(Trainer)
     wrap_buckets(Trainer)
     wrap_loader(Loader)
+    if KIND == "list-cache":
+        wrap_node_barrier(comm)
     original(cfg, comm, stop)
 
 
