@@ -245,7 +245,8 @@ def test_each_kernel_compiles_once_on_a_node(tmp_path):
     out, cache = tmp_path / "run", tmp_path / "cache"
     cache.mkdir()
     argv = [str(WORKER), *FLAGS, "--steps", "13", "--out", str(out)]
-    done = mpirun(4, argv, env={"POCL_CACHE_DIR": str(cache), "FAULT": f"kind=list-cache,file={tmp_path / 'list'}"}, timeout=110)
+    env = {"POCL_CACHE_DIR": str(cache), "FAULT": f"kind=list-cache,file={tmp_path / 'list'}"}
+    done = mpirun(4, argv, env=env, timeout=110)
     assert done.returncode == 0, done.stderr
     compiled = {str(path): path.stat().st_mtime_ns for path in cache.rglob("*.so")}
     assert len(compiled) > 20
