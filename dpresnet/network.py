@@ -78,13 +78,13 @@ class Network:
     def forward(self, images: np.ndarray, train: bool = False) -> np.ndarray:
         """float32 logits [N, classes] of images [N, C, H, W].
 
-        With ``train``, N is at most batch * replicas and batch statistics are used (running statistics stay as they are);
-        otherwise any N works, with running statistics.
+        With ``train``, N is at most batch * replicas; batch statistics are used, and enter the running statistics as in any
+        training pass. Otherwise any N works, with running statistics.
         """
         images = self._images(images)
         if train:
             batches = self._split(images, np.zeros(len(images), np.int32))
-            self.trainer.forward_backward(batches, len(images))
+            self._training_pass(batches, len(images))
             return self._logits(self.model.train, batches)
         size, parts = self.batch * len(self.trainer.replicas.all), []
         for start in range(0, len(images), size):
@@ -95,10 +95,13 @@ class Network:
         return np.concatenate(parts) if parts else np.zeros((0, self.num_classes), np.float32)
 
     def loss_and_grads(self, images: np.ndarray, labels: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
-        """Mean loss with batch statistics, and its gradient by parameter name; nothing is updated."""
+        """Mean loss with batch statistics, and its gradient by parameter name.
+
+        Parameters stay as they are; the batch statistics enter the running statistics, as in any training pass.
+        """
         images = self._images(images)
         batches = self._split(images, self._labels(labels, len(images)))
-        self.trainer.forward_backward(batches, len(images))
+        self._training_pass(batches, len(images))
         loss = self._loss(batches) / len(images)
         scale = np.float32(1 / self.trainer.scaler.scale)
         return loss, {p.name: self.trainer.replicas.parameter(p.name, "grad") * scale for p in self.model.parameters}
@@ -110,6 +113,10 @@ class Network:
         batches = self._split(images, self._labels(labels, len(images)))
         outcome = self.trainer.step(batches, len(images), lr, Hyper(momentum, weight_decay, nesterov))
         return outcome.loss / outcome.count
+
+    def _training_pass(self, batches: list[tuple], count: int) -> None:
+        self.trainer.forward_backward(batches, count)
+        self.trainer.commit_running_statistics()
 
     def _images(self, images: np.ndarray) -> np.ndarray:
         images = np.asarray(images, np.float32)

@@ -136,7 +136,7 @@ class Trainer:
         self.replicas.memory.write(self.model.hyper, values)
         self.replicas.run_shared(self.model.update)
         self.replicas.run_shared(self.model.refresh)
-        self._commit_running_statistics()
+        self.commit_running_statistics()
 
     def _found_non_finite(self) -> bool:
         """Whether the reduced gradients, the same bits on every rank, hold an infinity or NaN."""
@@ -222,7 +222,7 @@ class Trainer:
         merged = self._exchange.combine(rows, combine)
         self._moments = {name: merged[layer] for name, layer in zip(names, layers, strict=True)}
 
-    def _commit_running_statistics(self) -> None:
+    def commit_running_statistics(self) -> None:
         """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2)."""
         for name, row in self._moments.items():
             count, (mean, m2) = row[0], np.split(row[1:], 2)

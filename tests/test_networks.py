@@ -130,3 +130,21 @@ def test_any_number_of_images_can_be_evaluated():
     one_by_one = np.concatenate([net.forward(image[None]) for image in images])
     assert np.array_equal(net.forward(images), one_by_one)
     assert net.forward(images[:0]).shape == (0, 10)
+
+
+def test_every_training_pass_enters_the_running_statistics():
+    net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=4, precision="fp32", stem="cifar")
+    images = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
+    weight = net.state_dict()["conv1.weight"].astype(np.float64)
+    padded = np.pad(images.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    first = np.einsum("nchwij,ocij->nohw", windows, weight).transpose(1, 0, 2, 3).reshape(16, -1)  # what bn1 sees
+    net.forward(images)
+    assert (net.state_dict()["bn1.running_mean"] == 0).all()
+    net.forward(images, train=True)
+    assert np.allclose(net.state_dict()["bn1.running_mean"], 0.1 * first.mean(1), rtol=1e-4, atol=1e-6)
+    net.loss_and_grads(images, np.arange(4))
+    state = net.state_dict()
+    assert np.allclose(state["bn1.running_mean"], 0.19 * first.mean(1), rtol=1e-4, atol=1e-6)
+    assert np.allclose(state["bn1.running_var"], 0.81 + 0.19 * first.var(1, ddof=1), rtol=1e-4)
+    assert np.array_equal(state["conv1.weight"], weight.astype(np.float32))

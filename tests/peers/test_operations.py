@@ -213,34 +213,42 @@ def test_loss_of_extreme_logits(classes):
     np.testing.assert_allclose(gradients["fc.bias"], expected, rtol=0, atol=4 * 400 * 2.0**-24)
 
 
+def assert_agreement(case: Case, problem: Problem, *names: str) -> None:
+    """The arrays of these names are as near to float64 as PyTorch's."""
+    truth, peer = (torch_outcome(case.torch(dtype), problem) for dtype in (torch.float64, torch.float32))
+    outcomes = our_outcome(network(case), problem), peer, truth
+    only = [{name: outcome[name] for name in names} for outcome in outcomes]
+    assert_within(*only, largest, factor=4, floor=random_walk(case))
+
+
 def test_variance_beside_a_large_mean():
     """E[x^2] - E[x]^2 in fp32 would lose the variance 1 beside a mean of 1000; (count, mean, M2) keeps it."""
-    case = Case("resnet20", batch=8, options=CIFAR)
+    case = Case("resnet20", options=CIFAR)
     problem = pose(case, clear=False)
     # Only the centre of the stem's filters, so that the zeros around the image do not widen the distribution.
     stem = np.zeros_like(problem.weights["conv1.weight"])
     stem[:, 0, 1, 1] = 1
-    problem.weights["conv1.weight"] = stem
+    problem.weights.update({"conv1.weight": stem, "bn1.running_var": np.zeros(16, np.float32)})
     offset = Problem(problem.weights, problem.images + 1000, problem.labels)
-    truth, peer = (torch_outcome(case.torch(dtype), offset) for dtype in (torch.float64, torch.float32))
-    ours = our_outcome(network(case), offset)
-    name = "statistics bn1.running_var"
-    only = [{name: outcome[name] - 0.9 * problem.weights["bn1.running_var"]} for outcome in (ours, peer, truth)]
-    assert_within(*only, largest, factor=4, floor=random_walk(case))
+    assert_agreement(case, offset, "statistics bn1.running_var", "loss")
+
+
+def test_variance_as_small_as_epsilon():
+    """Elsewhere variances are near 1, and a wrong epsilon (1e-5) would not be seen."""
+    case = Case("resnet20", options=CIFAR)
+    problem = pose(case, clear=False)
+    problem.weights["bn1.running_var"][:] = 1e-5
+    assert_agreement(case, Problem(problem.weights, problem.images / 300, problem.labels), "eval logits", "train logits")
 
 
 @pytest.mark.parametrize("image", [(3, 32, 32), (3, 33, 47)])
 def test_max_pool_of_negative_values(image):
-    """In v2 the stem's output reaches the pool as it is; here all of it is below -1, and padding must not win."""
+    """In v2 the stem's output reaches the pool as it is; here all of it is negative, and padding must not win."""
     case = Case("resnet20", image, batch=2, options=IMAGENET | {"block": "v2"})
     problem = pose(case, clear=False)
     problem.weights["conv1.weight"] = -np.abs(problem.weights["conv1.weight"])
     positive = Problem(problem.weights, 1 + np.abs(problem.images), problem.labels)
-    truth, peer = (torch_outcome(case.torch(dtype), positive) for dtype in (torch.float64, torch.float32))
-    ours = our_outcome(network(case), positive)
-    names = [name for name in truth if "logits" in name or name == "loss"]
-    only = [{name: outcome[name] for name in names} for outcome in (ours, peer, truth)]
-    assert_within(*only, largest, factor=4, floor=random_walk(case))
+    assert_agreement(case, positive, "eval logits", "train logits", "loss")
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
