@@ -21,6 +21,12 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels" / "__init
 
 def __getattr__(name: str) -> Any:
     if name == "Network":
+        import sys
+
+        from dpresnet import environment
+
+        if "pyopencl" not in sys.modules:
+            environment.prepare(threads=0, local_rank=0, local_size=1)
         from dpresnet.network import Network
 
         return Network

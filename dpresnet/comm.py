@@ -7,6 +7,8 @@ No method blocks inside MPI. Every operation is *started* and then polled until 
 ranks that wait leave the cores to ranks that compute (there may be more ranks than cores), signal handlers run while
 waiting, and MPI is free for the moment in which another thread has to end the job. All methods belong to the main
 thread; only ``abort`` may be called from any.
+
+Python objects travel between the ranks of a job by pickle; nothing that is read from a file is ever unpickled.
 """
 
 import atexit

@@ -26,6 +26,7 @@ DIGITS = Path(schema.__file__).with_name("digits.h5")
 _PREFETCHED = 2  # batches made ahead of the one in use
 _SYNTHETIC_TRAIN, _SYNTHETIC_TEST = 2048, 512
 _MEASURED = 128  # synthetic samples that give mean and std; they differ little
+_MEASURED_BYTES = 2**25
 _GRID, _SHIFTS = 4, 4096
 _PATTERN_LEVELS, _NOISE_LEVELS = 192, 64  # a sum of one of each fits in a byte
 
@@ -171,6 +172,7 @@ def _synthetic(seed: int, image: int, channels: int, classes: int) -> Dataset:
     noise = _random_levels((prod(shape) + _SHIFTS,), _NOISE_LEVELS, (seed, 1))
     shifts = (_random_bits(samples, (seed, 2)) % _SHIFTS).astype(np.int64)
     labels = np.arange(samples, dtype=np.int32) % classes
+    measured = min(_MEASURED, 1 + _MEASURED_BYTES // prod(shape))
     bounds = (0, _SYNTHETIC_TRAIN), (_SYNTHETIC_TRAIN, samples)
     train, test = (_SyntheticSplit(patterns, noise, shifts[a:b], labels[a:b], shape) for a, b in bounds)
     content = f"synthetic version 1: seed {seed}, {image} pixels, {channels} channels, {classes} classes"
@@ -179,7 +181,7 @@ def _synthetic(seed: int, image: int, channels: int, classes: int) -> Dataset:
         "made by dpresnet",
         "none needed",
         tuple(f"class {k}" for k in range(classes)),
-        *schema.statistics(train.take(np.arange(_MEASURED))),
+        *schema.statistics(train.take(np.arange(measured))),
         hashlib.sha256(content.encode()).hexdigest(),
         train,
         test,

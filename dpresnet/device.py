@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from functools import cached_property
 from importlib.resources import files
 
@@ -22,35 +23,48 @@ ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most
 
 def list_devices() -> list[cl.Device]:
     """All OpenCL devices, the best first: GPUs and accelerators before CPUs, otherwise in the loader's order."""
+    devices = []
     try:
-        platforms = cl.get_platforms()
-    except cl.Error:
-        platforms = []
-    devices = [device for platform in platforms for device in platform.get_devices()]
-    return sorted(devices, key=lambda device: bool(device.type & cl.device_type.CPU))
+        for platform in cl.get_platforms():
+            with suppress(cl.Error):  # a broken driver does not hide the others
+                devices += platform.get_devices()
+    except cl.Error:  # none at all
+        return []
+    return sorted(devices, key=is_cpu)
 
 
-def choose_device(selector: str = "auto", local_rank: int = 0) -> cl.Device:
-    """Returns the device of this rank.
+def is_cpu(device: cl.Device) -> bool:
+    """Whether arenas on this device are host memory."""
+    return bool(device.type & cl.device_type.CPU)
 
-    ``auto`` spreads the ranks of a node over the devices of the best platform (local rank modulo their number); an
-    index counts the list that ``python -m dpresnet.doctor`` prints; anything else is part of a device or platform name.
+
+def candidates(selector: str = "auto") -> list[cl.Device]:
+    """The devices that the ranks of a node share out, by local rank modulo their number.
+
+    ``auto`` gives those of the best platform that are of its best kind; an index counts the list that
+    ``python -m dpresnet.doctor`` prints; anything else is part of a device or platform name.
     """
     devices = list_devices()
     if not devices:
         raise Refused("no OpenCL device found; install a vendor's driver, or the CPU runtime: pip install 'dpresnet[local]'")
     if selector == "auto":
-        best = [device for device in devices if device.platform == devices[0].platform]
-        return best[local_rank % len(best)]
+        best = devices[0]
+        return [d for d in devices if d.platform == best.platform and is_cpu(d) == is_cpu(best)]
     names = ", ".join(f"{i}: {device.name.strip()}" for i, device in enumerate(devices))
     if selector.isdigit():
         if int(selector) >= len(devices):
             raise Refused(f"--device {selector}: there are {len(devices)} devices ({names})")
-        return devices[int(selector)]
+        return [devices[int(selector)]]
     matching = [d for d in devices if selector.lower() in f"{d.platform.name} {d.name}".lower()]
     if not matching:
         raise Refused(f"--device {selector}: no device has that in its name ({names})")
-    return matching[local_rank % len(matching)]
+    return matching
+
+
+def choose_device(selector: str = "auto", local_rank: int = 0) -> cl.Device:
+    """The device of a rank, see `candidates`."""
+    devices = candidates(selector)
+    return devices[local_rank % len(devices)]
 
 
 def kernel_source(stem: str) -> str:
@@ -75,7 +89,7 @@ class Device:
         self.context = cl.Context([cl_device])
         properties = cl.command_queue_properties.PROFILING_ENABLE if profile else 0
         self.queue = cl.CommandQueue(self.context, properties=properties)
-        self.host_memory = bool(cl_device.type & cl.device_type.CPU)
+        self.host_memory = is_cpu(cl_device)
         self._programs: dict[str, cl.Program] = {}
 
     @property

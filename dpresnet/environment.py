@@ -71,6 +71,8 @@ def kernel_cache() -> Path:
     private folder under TMPDIR. Refused if others may write there: what lies in it is executed.
     """
     if chosen := os.environ.get("POCL_CACHE_DIR"):
+        if not writable(Path(chosen)):
+            raise Refused(f"POCL_CACHE_DIR={chosen} cannot be written: name another folder, or unset it")
         return Path(chosen)
     usual = _usual_cache()
     if usual and writable(usual):

@@ -33,8 +33,14 @@ class Network:
     def __init__(self, arch: str, *, num_classes: int = 1000, image: tuple[int, int, int] = (3, 224, 224), batch: int = 8,
                  precision: str = "fp16", device: str = "auto", seed: int = 0, replicas: int = 1, bn: str = "sync",
                  label_smoothing: float = 0.0, loss_scale: float = 1024.0, **options: object):  # fmt: skip
-        if precision not in ("fp16", "fp32"):
-            raise Refused(f"precision {precision!r}: choose fp16 or fp32")
+        for name, value, choices in (("precision", precision, ("fp16", "fp32")), ("bn", bn, ("sync", "local"))):
+            if value not in choices:
+                raise Refused(f"{name} {value!r}: choose {' or '.join(choices)}")
+        for name, value in {"batch": batch, "replicas": replicas, "image": min(image), "loss_scale": loss_scale}.items():
+            if value < 1:
+                raise Refused(f"{name} {value}: at least 1")
+        if not 0 <= label_smoothing < 1:
+            raise Refused(f"label_smoothing {label_smoothing}: at least 0 and less than 1")
         self.device = Device(choose_device(device))
         chosen = Options(num_classes=num_classes, **options)
         self.model = Model(self.device, arch, chosen, tuple(image), batch, precision, label_smoothing)
@@ -97,7 +103,8 @@ class Network:
     def loss_and_grads(self, images: np.ndarray, labels: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
         """Mean loss with batch statistics, and its gradient by parameter name.
 
-        Parameters stay as they are; the batch statistics enter the running statistics, as in any training pass.
+        Parameters stay as they are; the batch statistics enter the running statistics, as in any training pass. In fp16 a
+        pass that overflows at the loss scale gives infinities or NaN, and changes no running statistic.
         """
         images = self._images(images)
         batches = self._split(images, self._labels(labels, len(images)))
@@ -108,7 +115,11 @@ class Network:
 
     def train_step(self, images: np.ndarray, labels: np.ndarray, *, lr: float, momentum: float = 0.9,
                    weight_decay: float = 0.0, nesterov: bool = False) -> float:  # fmt: skip
-        """One step of SGD on the batch; returns its mean loss before the step."""
+        """One step of SGD on the batch; returns its mean loss before the step.
+
+        A step whose gradients overflow in fp16 changes nothing but the loss scale, which halves
+        (``net.trainer.scaler.skipped`` counts them).
+        """
         images = self._images(images)
         batches = self._split(images, self._labels(labels, len(images)))
         outcome = self.trainer.step(batches, len(images), lr, Hyper(momentum, weight_decay, nesterov))

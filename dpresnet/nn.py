@@ -142,11 +142,13 @@ class Recorder:
     # Layers
 
     def conv(self, name: str, x: Tensor, channels: int, kernel: int, stride: int = 1, padding: int | None = None,
-             groups: int = 1) -> Tensor:  # fmt: skip
-        """Convolution without bias; ``padding`` defaults to half the kernel."""
+             groups: int = 1, zero: bool = False) -> Tensor:  # fmt: skip
+        """Convolution without bias; ``padding`` defaults to half the kernel; ``zero`` initialises the weights with zeros."""
         padding = kernel // 2 if padding is None else padding
         shape = conv.conv_for(self.plan, x, channels, kernel, stride, padding, groups)
-        weight = self.state.parameter(f"{name}.weight", (channels, x.channels // groups, kernel, kernel), "kaiming")
+        weight = self.state.parameter(
+            f"{name}.weight", (channels, x.channels // groups, kernel, kernel), "zeros" if zero else "kaiming"
+        )
 
         def working_copy(transposed: bool) -> Tensor:
             label = f"{name}.{'transposed' if transposed else 'packed'}"
@@ -161,7 +163,7 @@ class Recorder:
         def backward() -> None:
             dy = self.gradients.pop(y)
             conv.backward_weight(self.plan, weight.grad.name, shape, x, dy, weight.grad)
-            if x.name != "input":
+            if x.home == "work":  # images from the host need no gradient
                 packed = working_copy(True)
                 self.give(x, lambda dx: conv.backward_data(self.plan, f"{name}.dx", shape, dy, packed, dx))
 

@@ -111,8 +111,9 @@ class Reporter:
             raise ValueError(f"result.json needs {', '.join(missing)}")
         write_json(self._out / "result.json", result)
         self.close()
+        speed = f", {result['images_per_s']:.0f} images/s" if result["images_per_s"] else ""  # none if nothing was left to do
         self.note(f"done: test accuracy {_percent(result['test_accuracy'])}, {result['steps']} steps in "
-                  f"{result['wall_s']:.1f} s, {result['images_per_s']:.0f} images/s -> {self._out / 'result.json'}")
+                  f"{result['wall_s']:.1f} s{speed} -> {self._out / 'result.json'}")
 
     @_if_enabled
     def close(self) -> None:

@@ -49,6 +49,9 @@ ARCHITECTURES = {
 }
 
 
+CHOICES = {"stem": ("imagenet", "cifar", "deep"), "shortcut": ("auto", "A", "B", "C"), "block": ("v1", "v1.5", "v2")}
+
+
 @dataclass(frozen=True)
 class Options:
     """Variants of an architecture; ``shortcut`` "auto" is A for the CIFAR family and B otherwise."""
@@ -57,7 +60,14 @@ class Options:
     stem: str = "imagenet"  # 7x7/2 and max pool | "cifar": 3x3 | "deep": three 3x3 and max pool
     shortcut: str = "auto"  # A: zero padding, B: projection where the shape changes, C: projection everywhere
     block: str = "v1.5"  # v1: stride on the first 1x1, v1.5: on the 3x3, v2: pre-activation
-    zero_init_residual: bool = False
+    zero_init_residual: bool = False  # residual branches start at 0: the last norm, in v2 the last convolution
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise Refused(f"{name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if self.num_classes < 1:
+            raise Refused(f"num_classes {self.num_classes}: at least 1")
 
 
 def resolve_shortcut(arch: str, shortcut: str) -> str:
@@ -147,11 +157,12 @@ class Builder:
 
         A shortcut that changes the shape takes the activated input (He et al. 2016, appendix), the identity the raw one.
         """
-        net, y, activated = self.net, x, x
-        for i, (out, kernel, step, groups) in enumerate(self.convolutions(width, channels, stride), 1):
+        net, y, activated, convolutions = self.net, x, x, self.convolutions(width, channels, stride)
+        for i, (out, kernel, step, groups) in enumerate(convolutions, 1):
             y = net.relu(net.norm(f"{name}.bn{i}", y))
             activated = y if i == 1 else activated
-            y = net.conv(f"{name}.conv{i}", y, out, kernel, stride=step, groups=groups)
+            zero = self.options.zero_init_residual and i == len(convolutions)
+            y = net.conv(f"{name}.conv{i}", y, out, kernel, stride=step, groups=groups, zero=zero)
         if not self.family.shortcuts:
             return y
         if self.projects(x, channels, stride):

@@ -10,28 +10,24 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from dpresnet import __version__, checkpoint
 from dpresnet.amp import LossScaler
 from dpresnet.comm import Comm
-from dpresnet.config import Config, check_resume, digest, from_json, to_json, validate
-from dpresnet.data import Dataset, Loader, load, order, steps_per_epoch
-from dpresnet.device import Device, choose_device
-from dpresnet.errors import Refused, Stopped
+from dpresnet.config import Config, check_resume, digest, from_json, to_json
+from dpresnet.data import Batch, Loader, load, order, steps_per_epoch
+from dpresnet.device import Device, candidates
+from dpresnet.errors import GaveUp, Refused, Stopped
 from dpresnet.failure import StopFlag
 from dpresnet.initial import initial_state
-from dpresnet.model import Model, Pixels
 from dpresnet.report import Reporter
-from dpresnet.resnet import Options, resolve_shortcut
 from dpresnet.schedule import last_step, lr_at, planned_steps
+from dpresnet.setup import build_model, check_memory, claim, find_checkpoint, from_rank_0, handshake, put_aside, resolve
 from dpresnet.trainer import Hyper, Outcome, Trainer
-
-T = TypeVar("T")
 
 SAVES_THAT_MAY_FAIL = 3  # in a row, before a full disk ends the run
 
@@ -56,64 +52,6 @@ class Progress:
             self.epoch_correct += outcome.correct
             self.epoch_count += outcome.count
 
-    def next_epoch(self) -> None:
-        """Clears the sums of the epoch."""
-        self.epoch_loss, self.epoch_correct, self.epoch_count = 0.0, 0, 0
-
-
-def resolve(cfg: Config, dataset: Dataset, ranks: int, saved: Config | None) -> Config:
-    """Fills in what depends on the data set, the ranks and, when resuming, the saved run."""
-    if saved and cfg.replicas == 0:
-        cfg = replace(cfg, replicas=saved.replicas)
-    cfg = replace(
-        cfg,
-        replicas=cfg.replicas or ranks,
-        num_classes=cfg.num_classes or dataset.classes,
-        shortcut=resolve_shortcut(cfg.arch, cfg.shortcut),
-    )
-    if cfg.replicas % ranks:
-        divisors = [str(n) for n in range(1, cfg.replicas + 1) if cfg.replicas % n == 0]
-        raise Refused(f"--replicas {cfg.replicas} cannot be divided among {ranks} ranks: use {', '.join(divisors)} ranks")
-    if cfg.num_classes < dataset.classes:
-        raise Refused(f"--num-classes {cfg.num_classes}: the data set {dataset.name} has {dataset.classes} classes")
-    validate(cfg)
-    return cfg
-
-
-def find_checkpoint(cfg: Config) -> tuple[checkpoint.Checkpoint | None, list[str]]:
-    """The checkpoint that --resume asks for, and why newer ones were passed over."""
-    if not cfg.resume:
-        return None, []
-    if cfg.resume != "auto":
-        return checkpoint.load(cfg.resume), []
-    found = checkpoint.newest(Path(cfg.out) / "checkpoints")
-    return (found[0], [str(bad) for bad in found[1]]) if found else (None, [])
-
-
-def from_rank_0(comm: Comm, find: Callable[[], T]) -> T:
-    """What ``find()`` returns on rank 0, on all ranks; if it refuses there, all ranks refuse alike."""
-    found, refused = None, None
-    if comm.rank == 0:
-        try:
-            found = find()
-        except Refused as error:
-            refused = str(error)
-    found, refused = comm.bcast((found, refused))
-    if refused:
-        raise Refused(refused)
-    return found
-
-
-def handshake(comm: Comm, facts: dict[str, object]) -> None:
-    """Refuses to start unless all ranks hold the same facts; the message says who differs in what."""
-    everyone = comm.gather((comm.host, facts))
-    first = everyone[0][1]
-    for rank, (host, theirs) in enumerate(everyone):
-        for name, value in first.items():
-            if theirs.get(name) != value:
-                raise Refused(f"rank {rank} on {host} has {name} {theirs.get(name)!r}, rank 0 has {value!r}: "
-                              "start all ranks with the same flags, data and version")  # fmt: skip
-
 
 class Session:
     """One run on this rank."""
@@ -121,14 +59,20 @@ class Session:
     def __init__(self, cfg: Config, comm: Comm):
         self.comm = comm
         self.started_at = time.monotonic()
-        saved, notes = from_rank_0(comm, lambda: find_checkpoint(cfg))
+        self.folder = Path(cfg.out) / "checkpoints"
+        saved, rejected = from_rank_0(comm, lambda: find_checkpoint(cfg))
         self.dataset = load(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
         self.cfg = cfg = resolve(cfg, self.dataset, comm.size, from_json(saved.meta["config"]) if saved else None)
         if saved:
             check_resume(saved.meta["config"], cfg)
             if saved.meta["fingerprint"] != self.dataset.fingerprint:
                 raise Refused(f"--resume {saved.path}: that run used another version of the data set {cfg.dataset}")
-        self.device = Device(choose_device(cfg.device, comm.local_rank))
+        devices = candidates(cfg.device)
+        self.device = Device(devices[comm.local_rank % len(devices)])
+        notes = [f"passed over {bad}" for bad in rejected]
+        if not cfg.dry_run:
+            notes += from_rank_0(comm, lambda: self._claim_folder(fresh=not cfg.resume))
+        self._ranks_on_device = -(-comm.local_size // len(devices))
         self.trainer = self._in_turn(self._build)
         handshake(comm, self._facts())
         self.steps_per_epoch = steps_per_epoch(len(self.dataset.train), cfg.replicas, cfg.batch)
@@ -136,31 +80,42 @@ class Session:
         self.last = last_step(cfg, self.steps_per_epoch)
         self.progress = self._restore(saved)
         self.reporter = Reporter(Path(cfg.out), cfg, ranks=comm.size, enabled=comm.rank == 0)
-        self.folder = Path(cfg.out) / "checkpoints"
         self.failed_saves, self.saved_step = 0, self.progress.step if saved else -1
         self.train_s, self.trained = 0.0, 0
         for note in notes:
-            self.reporter.note(f"passed over {note}")
+            self.reporter.note(note)
 
     # Setting up
+
+    def _claim_folder(self, fresh: bool) -> list[str]:
+        """On rank 0: nobody else writes to the run folder, it can be written, and a fresh run finds no old checkpoints."""
+        checkpoint.check_writable(self.folder)
+        self._lock = claim(self.folder.parent)
+        note = put_aside(self.folder) if fresh else ""
+        return [note] if note else []
 
     def _build(self) -> Trainer:
         cfg = self.cfg
         model = build_model(self.device, cfg, self.dataset)
-        check_memory(model, cfg.replicas // self.comm.size, self.comm.local_size)
+        check_memory(model, cfg.replicas // self.comm.size, self._ranks_on_device)
         scaler = LossScaler() if cfg.precision == "fp16" else LossScaler.disabled()
         return Trainer(model, self.comm, cfg.replicas, sync=cfg.bn == "sync", scaler=scaler,
                        first_bucket_mb=cfg.first_bucket_mb, bucket_mb=cfg.bucket_mb, check=cfg.debug)  # fmt: skip
 
     def _in_turn(self, build: Callable[[], Trainer]) -> Trainer:
-        """The first rank of a node compiles every kernel into the shared cache, the others find it there."""
+        """The first rank of a node compiles every kernel into the shared cache, the others find it there.
+
+        If it refuses, the others get their turn all the same: they will refuse alike.
+        """
         if self.comm.local_rank:
             self.comm.node_barrier()
-        trainer = build()
-        if not self.comm.local_rank:
+            return build()
+        try:
+            trainer = build()
             trainer.replicas.warm()
+            return trainer
+        finally:
             self.comm.node_barrier()
-        return trainer
 
     def _facts(self) -> dict[str, object]:
         shapes = {p.name: p.shape for p in self.trainer.model.parameters}
@@ -171,7 +126,7 @@ class Session:
             "parameter shapes": shapes,
             "buckets": [(bucket.start, bucket.stop) for bucket in self.trainer.buckets],
             "data set": self.dataset.fingerprint,
-            "vector width": self.trainer.model.device.vector,
+            "kind of device": (self.device.cl.platform.name, self.device.vector),  # others round differently
         }
 
     def _restore(self, saved: checkpoint.Checkpoint | None) -> Progress:
@@ -189,7 +144,8 @@ class Session:
 
     def run(self, stop: StopFlag) -> None:
         """Trains to the end; raises Stopped after saving when any rank was asked to stop."""
-        from_rank_0(self.comm, lambda: checkpoint.check_writable(self.folder))
+        if self.comm.agree([stop.requested])[0]:
+            raise Stopped("stopped on request before the first step: nothing was lost")
         with self.reporter:
             self.reporter.started(self.last, self.progress.step, self.progress.samples)
             test = None
@@ -197,32 +153,52 @@ class Session:
                 test = self._epoch(stop)
             test = test or self._evaluate()
             if self.saved_step != self.progress.step:
-                self._save(best=False, required=True)
+                self._save(required=True)
             self._finish(test)
 
     def _epoch(self, stop: StopFlag) -> Outcome | None:
         """The rest of the current epoch; returns the test result if it was completed."""
         epoch, start = divmod(self.progress.step, self.steps_per_epoch)
-        loader = Loader(self.dataset.train, order(self.cfg.seed, epoch, len(self.dataset.train)), self.cfg.replicas,
-                        self.cfg.batch, self.trainer.replicas_range, start)  # fmt: skip
-        for batch in loader:
-            self._step(epoch, batch, stop)
-            if self.progress.step == self.last and self.progress.step % self.steps_per_epoch:
-                return None
-        test = self._evaluate()
-        p = self.progress
-        trained = max(p.epoch_count, 1)
-        self.reporter.epoch(epoch, p.epoch_loss / trained, p.epoch_correct / trained, test.loss / test.count,
-                            test.correct / test.count)  # fmt: skip
-        p.next_epoch()
-        best = test.correct / test.count > p.best_accuracy
-        p.best_accuracy = max(p.best_accuracy, test.correct / test.count)
-        every = self.cfg.save_every_epochs
-        if every and ((epoch + 1) % every == 0 or self.progress.step == self.last):
-            self._save(best)
+        samples = order(self.cfg.seed, epoch, len(self.dataset.train))
+        replicas, batch_size = self.cfg.replicas, self.cfg.batch
+        test = None
+        for batch in Loader(self.dataset.train, samples, replicas, batch_size, self.trainer.replicas_range, start):
+            outcome = self._step(epoch, batch, stop)
+            record = False
+            if self.progress.step % self.steps_per_epoch == 0:
+                test = self._evaluate()
+                record = self._close_epoch(epoch, test)
+            self._save_if_due(epoch, record, outcome.stop)
+            if self.progress.step == self.last:
+                break
         return test
 
-    def _step(self, epoch: int, batch: object, stop: StopFlag) -> None:
+    def _close_epoch(self, epoch: int, test: Outcome) -> bool:
+        """Reports an epoch and clears its sums; returns whether the test accuracy is the best so far."""
+        progress, accuracy = self.progress, test.correct / test.count
+        trained = max(progress.epoch_count, 1)
+        losses = progress.epoch_loss / trained, test.loss / test.count
+        self.reporter.epoch(epoch, losses[0], progress.epoch_correct / trained, losses[1], accuracy)
+        if not np.isfinite(losses[1]):
+            self.reporter.note("WARNING: the loss on the test split is not finite: the run has diverged")
+        progress.epoch_loss, progress.epoch_correct, progress.epoch_count = 0.0, 0, 0
+        record = accuracy > progress.best_accuracy
+        progress.best_accuracy = max(progress.best_accuracy, accuracy)
+        return record
+
+    def _save_if_due(self, epoch: int, record: bool, stop: bool) -> None:
+        """Saves what the flags ask for, the best epochs, and before stopping. Comes last in a step: the state is whole."""
+        cfg, step = self.cfg, self.progress.step
+        closed = step % self.steps_per_epoch == 0
+        by_epoch = closed and cfg.save_every_epochs and (epoch + 1) % cfg.save_every_epochs == 0
+        by_step = cfg.save_every_steps and step % cfg.save_every_steps == 0
+        if by_epoch or by_step or record or stop:
+            self._save(record, required=stop)
+        if stop:
+            raise Stopped(f"stopped on request after step {step}; --resume auto goes on from there")
+
+    def _step(self, epoch: int, batch: Batch, stop: StopFlag) -> Outcome:
+        """One training step and its line in the report."""
         cfg, progress, began = self.cfg, self.progress, time.monotonic()
         scaler = self.trainer.scaler
         lr = lr_at(cfg, progress.step - scaler.skipped, self.steps_per_epoch, self.total)
@@ -236,12 +212,7 @@ class Session:
                            self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds)  # fmt: skip
         if outcome.culprit:
             self.reporter.note(f"step {progress.step} skipped: {outcome.culprit}")
-        every = cfg.save_every_steps
-        if outcome.stop:
-            self._save(best=False, required=True)
-            raise Stopped(f"stopped on request after step {progress.step}; --resume auto goes on from there")
-        if every and progress.step % every == 0:
-            self._save(best=False)
+        return outcome
 
     def _evaluate(self) -> Outcome:
         """The test split, each sample exactly once over all replicas."""
@@ -249,24 +220,26 @@ class Session:
         samples = np.arange(len(self.dataset.test))
         for batch in Loader(self.dataset.test, samples, self.cfg.replicas, self.cfg.batch, self.trainer.replicas_range):
             part = self.trainer.evaluate(batch.shards)
+            if part.culprit:
+                self.reporter.note(f"evaluation: {part.culprit}")
             total = Outcome(total.count + batch.count, total.loss + part.loss, total.correct + part.correct)
         return total
 
     # Leaving something behind
 
-    def _save(self, best: bool, required: bool = False) -> None:
+    def _save(self, best: bool = False, required: bool = False) -> None:
         """Writes a checkpoint on rank 0. A disk that is full now may not be later, so some failures are only reported."""
-        failed = self._write_checkpoint(best) if self.comm.rank == 0 else ""
-        failed = self.comm.bcast(failed)
+        failed = from_rank_0(self.comm, lambda: self._write_checkpoint(best))
         self.failed_saves = self.failed_saves + 1 if failed else 0
         if not failed:
             self.saved_step = self.progress.step
         elif required or self.failed_saves >= SAVES_THAT_MAY_FAIL:
-            raise OSError(failed)
+            raise Refused(failed)
         else:
             self.reporter.note(f"WARNING: {failed}; training goes on")
 
     def _write_checkpoint(self, best: bool) -> str:
+        """Returns why it could not be written, "" if it was; raises GaveUp for a state that must not be kept."""
         meta = {
             "progress": asdict(self.progress),
             "scaler": self.trainer.scaler.to_dict(),
@@ -285,6 +258,8 @@ class Session:
             checkpoint.save(self.folder, self.progress.step, self.trainer.arrays(), meta, self.cfg.keep, best)
         except checkpoint.SaveFailed as error:
             return str(error)
+        except ValueError as error:
+            raise GaveUp(f"{error}: the run has diverged; resume from the last checkpoint with a lower --lr") from None
         return ""
 
     def _finish(self, test: Outcome) -> None:
@@ -310,39 +285,3 @@ class Session:
             "params_sha256": digests[0][0],
         }
         self.reporter.finished(result)
-
-
-def build_model(device: Device, cfg: Config, dataset: Dataset) -> Model:
-    """The network of a resolved configuration, for the images of a data set.
-
-    Training crops with an eighth of the image as border and flips colour images; grey ones are mostly characters, which
-    have no mirror images.
-    """
-    channels, height, _ = dataset.shape
-    pixels = Pixels(dataset.mean, dataset.std, padding=max(1, height // 8), flip=channels == 3)
-    options = Options(cfg.num_classes, cfg.stem, cfg.shortcut, cfg.block, cfg.zero_init_residual)
-    return Model(device, cfg.arch, options, dataset.shape, cfg.batch, cfg.precision, cfg.label_smoothing, pixels)
-
-
-def check_memory(model: Model, replicas: int, ranks_on_device: int) -> None:
-    """Refuses a run that cannot fit the device, before anything is allocated."""
-    private = sum(sum(model.bytes[home]) for home in ("work", "gradient", "statistic", "io"))
-    shared = sum(sum(chunks) for chunks in model.bytes.values()) - private
-    needed, has = (private * replicas + shared) * ranks_on_device, model.device.cl.global_mem_size
-    if needed > has:
-        raise Refused(
-            f"--batch {model.batch}: {replicas * ranks_on_device} replicas on one node need {needed / 2**30:.1f} GiB, "
-            f"{model.device.name} has {has / 2**30:.1f} GiB: use a smaller --batch or --image, or fewer replicas per node"
-        )
-
-
-def describe(model: Model, buckets: list[slice]) -> str:
-    """What --dry-run prints: every entry of the plan, the arenas, buckets, parameters and work."""
-    lines = [str(model.train.plan), ""]
-    for home, chunks in model.bytes.items():
-        lines.append(f"arena {home:10s} {sum(chunks) / 2**20:10.2f} MiB")
-    for number, bucket in enumerate(buckets):
-        lines.append(f"bucket {number:<9d} {(bucket.stop - bucket.start) * 4 / 2**20:10.2f} MiB")
-    lines.append(f"{model.parameter_count:,} parameters, {model.flops_per_image / 1e6:,.1f} MFLOP per image and training step, "
-                 f"{len(model.train.plan.entries)} entries")  # fmt: skip
-    return "\n".join(lines)

@@ -16,7 +16,8 @@ from dpresnet.config import Config, parse
 def run(cfg: Config, comm: Comm, stop: failure.StopFlag) -> None:
     """One run of a configuration on this rank."""
     environment.prepare(cfg.threads, comm.local_rank, comm.local_size)
-    from dpresnet.session import Session, describe
+    from dpresnet.session import Session
+    from dpresnet.setup import describe
 
     session = Session(cfg, comm)
     if not cfg.dry_run:
@@ -28,7 +29,12 @@ def run(cfg: Config, comm: Comm, stop: failure.StopFlag) -> None:
 def main() -> None:
     """Parses the command line, joins the other ranks and trains; ends the process with the exit code of DESIGN."""
     argv = sys.argv[1:]
-    failure.main(lambda: connect(debug="--debug" in argv), lambda comm, stop: run(parse(argv), comm, stop))
+
+    def body(comm: Comm, stop: failure.StopFlag) -> None:
+        if comm.rank == 0 or not {"-h", "--help"} & set(argv):  # help is printed once
+            run(parse(argv), comm, stop)
+
+    failure.main(lambda: connect(debug="--debug" in argv), body)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Hyper:
 class Outcome:
     """Sums over a global batch: images, loss (not scaled), correct answers, and what the ranks agreed on.
 
-    ``culprit`` names the first non-finite value of a step that was checked and skipped.
+    ``culprit`` names the first non-finite value of a batch that was checked and found to have one.
     """
 
     count: int
@@ -90,8 +90,6 @@ class Trainer:
         loss, correct, wishes = self._sums(self.model.train, batches, int(stop))
         skipped = not np.isfinite(loss) or self._found_non_finite()
         culprit = self._culprit() if skipped and self.check else ""
-        if culprit and not np.isfinite(loss):
-            raise GaveUp(f"the forward pass is not finite, which no loss scale can cure; first: {culprit}")
         try:
             scaler = self.scaler.after(skipped)
         except GaveUp as error:
@@ -120,9 +118,10 @@ class Trainer:
     def evaluate(self, batches: Sequence[tuple]) -> Outcome:
         """Loss and correct answers of one global batch with running statistics."""
         self._feed(self.model.evaluate, batches, 1, 0, 0, False)
-        self.replicas.run(self.model.evaluate.plan, self._agree, self._mark_ready, self.check)
+        self._first_bad = self.replicas.run(self.model.evaluate.plan, self._agree, self._mark_ready, self.check)
         loss, correct, _ = self._sums(self.model.evaluate, batches, 0)
-        return Outcome(sum(len(images) for images, *_ in batches), loss, correct)
+        culprit = self._culprit() if self._first_bad else ""
+        return Outcome(sum(len(images) for images, *_ in batches), loss, correct, culprit=culprit)
 
     def _feed(self, recorded: Recorded, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool) -> None:
         control = {"seed": seed, "epoch": epoch, "augment": augment, "grad_scale": self.scaler.scale / count}
@@ -223,7 +222,12 @@ class Trainer:
         self._moments = {name: merged[layer] for name, layer in zip(names, layers, strict=True)}
 
     def commit_running_statistics(self) -> None:
-        """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2)."""
+        """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2).
+
+        Nothing happens after a pass that overflowed.
+        """
+        if not all(np.isfinite(row).all() for row in self._moments.values()):
+            return
         for name, row in self._moments.items():
             count, (mean, m2) = row[0], np.split(row[1:], 2)
             for suffix, value in (("running_mean", mean), ("running_var", m2 / max(count - 1, 1))):

@@ -9,6 +9,10 @@
 
 #define CHANNELS (get_global_size(0) * BLOCK)
 
+// Sums over pixels go by runs of 32 that are then added: the rounding of a long sum grows with its longest chain.
+#define RUNS(start) for (int start = 0; start < pixels; start += 32)
+#define RUN(p, start) for (int p = start; p < min(start + 32, pixels); p++)
+
 // Mean and M2 of each image and channel: partial[image][2][channels]. One work-item per (block, image).
 __kernel void batchnorm_statistics(__global const act *restrict x, __global float *restrict partial, const int pixels)
 {
@@ -17,11 +21,19 @@ __kernel void batchnorm_statistics(__global const act *restrict x, __global floa
     __global float *out = partial + (long)n * 2 * CHANNELS + block * BLOCK;
     for (int lane = 0; lane < BLOCK; lane += VEC) {
         vec sum = 0, m2 = 0;
-        for (int p = 0; p < pixels; p++) sum += LOAD(image + p * BLOCK + lane);
+        RUNS(start) {
+            vec part = 0;
+            RUN(p, start) part += LOAD(image + p * BLOCK + lane);
+            sum += part;
+        }
         const vec mean = sum / (float)pixels;
-        for (int p = 0; p < pixels; p++) {
-            const vec d = LOAD(image + p * BLOCK + lane) - mean;
-            m2 += d * d;
+        RUNS(start) {
+            vec part = 0;
+            RUN(p, start) {
+                const vec d = LOAD(image + p * BLOCK + lane) - mean;
+                part += d * d;
+            }
+            m2 += part;
         }
         STOREF(mean, out + lane);
         STOREF(m2, out + CHANNELS + lane);
@@ -91,10 +103,15 @@ __kernel void batchnorm_backward_reduce(__global const act *restrict dy, __globa
     for (int lane = 0; lane < BLOCK; lane += VEC) {
         const vec mean = LOADF(moments + channel + lane), inverse = LOADF(moments + CHANNELS + channel + lane);
         vec sum = 0, product = 0;
-        for (int p = 0; p < pixels; p++) {
-            const vec d = LOAD(dy + start + p * BLOCK + lane);
-            sum += d;
-            product += d * (LOAD(x + start + p * BLOCK + lane) - mean);
+        RUNS(begin) {
+            vec sum_part = 0, product_part = 0;
+            RUN(p, begin) {
+                const vec d = LOAD(dy + start + p * BLOCK + lane);
+                sum_part += d;
+                product_part += d * (LOAD(x + start + p * BLOCK + lane) - mean);
+            }
+            sum += sum_part;
+            product += product_part;
         }
         STOREF(sum, out + lane);
         STOREF(product * inverse, out + CHANNELS + lane);

@@ -25,7 +25,8 @@ LAYERS = [
     ["model", "initial"],
     ["replicas"],
     ["trainer"],
-    ["network", "session", "machine"],
+    ["network", "setup", "machine"],
+    ["session"],
     ["train", "evaluate", "bench", "doctor"],
 ]
 ALONE = ["errors", "reference", "tree"]

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from dpresnet.config import CIFAR_ARCHS, IMAGENET_ARCHS, PLAIN_ARCHS
+from dpresnet.config import CIFAR_ARCHS, IMAGENET_ARCHS, PLAIN_ARCHS, Config
 from dpresnet.device import Device, choose_device
 from dpresnet.errors import Refused
 from dpresnet.model import Model
 from dpresnet.network import Network
 from dpresnet.plan import lifetimes
-from dpresnet.resnet import ARCHITECTURES, Options
+from dpresnet.resnet import ARCHITECTURES, CHOICES, Options
 
 PARAMETERS = {  # 1000 classes; the CIFAR family with 10 and shortcut A
     "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
@@ -76,6 +76,14 @@ def test_zero_init_residual_starts_every_block_as_its_shortcut():
     assert (state["layer1.0.bn1.weight"] == 1).all()
 
 
+def test_zero_init_residual_without_a_last_norm_starts_the_last_convolution_at_zero():
+    options = {"stem": "cifar", "block": "v2", "zero_init_residual": True}
+    state = Network("resnet20", num_classes=10, image=(3, 8, 8), batch=2, **options).state_dict()
+    zeros = [name for name, value in state.items() if name.endswith("weight") and (value == 0).all()]
+    assert len(zeros) == 9
+    assert all(name.endswith("conv2.weight") for name in zeros)
+
+
 def test_initial_values_follow_kaiming_fan_out():
     state = Network("resnet18", num_classes=10, image=(3, 32, 32), batch=1, stem="cifar", seed=3).state_dict()
     weight = state["layer4.1.conv2.weight"]
@@ -99,6 +107,21 @@ def test_state_dict_round_trip_and_its_complaints():
     pattern = r"(?s)missing: fc.bias \[10\].*unexpected: extra.*wrong shape: fc.weight is \[3, 64\]"
     with pytest.raises(ValueError, match=pattern):
         net.load_state_dict(state)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"shortcut": "b"}, {"stem": "Cifar"}, {"block": "v3"}, {"bn": "Sync"}, {"precision": "fp64"}, {"label_smoothing": 2},
+    {"batch": 0}, {"image": (3, 0, 8)}, {"loss_scale": 0}, {"replicas": 0}, {"num_classes": 0},
+])  # fmt: skip
+def test_bad_options_are_refused_by_name(wrong):
+    (name,) = wrong
+    with pytest.raises(Refused, match=name):
+        Network("resnet20", **{"image": (1, 8, 8), "batch": 2, "num_classes": 10, **wrong})
+
+
+def test_choices_of_the_command_line_are_those_of_the_networks():
+    for name, choices in CHOICES.items():
+        assert set(Config.__dataclass_fields__[name].metadata["choices"]) == set(choices)
 
 
 def test_bad_arguments_name_value_and_remedy():
@@ -148,3 +171,11 @@ def test_every_training_pass_enters_the_running_statistics():
     assert np.allclose(state["bn1.running_mean"], 0.19 * first.mean(1), rtol=1e-4, atol=1e-6)
     assert np.allclose(state["bn1.running_var"], 0.81 + 0.19 * first.var(1, ddof=1), rtol=1e-4)
     assert np.array_equal(state["conv1.weight"], weight.astype(np.float32))
+
+
+def test_a_pass_that_overflows_leaves_the_running_statistics():
+    net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=4, precision="fp16", stem="cifar")
+    before = net.state_dict()
+    net.loss_and_grads(np.full((4, 1, 8, 8), 1e6, np.float32), np.arange(4))
+    after = net.state_dict()
+    assert all(np.array_equal(after[name], before[name]) for name in before)

@@ -238,7 +238,8 @@ def test_variance_as_small_as_epsilon():
     case = Case("resnet20", options=CIFAR)
     problem = pose(case, clear=False)
     problem.weights["bn1.running_var"][:] = 1e-5
-    assert_agreement(case, Problem(problem.weights, problem.images / 300, problem.labels), "eval logits", "train logits")
+    faint = Problem(problem.weights, problem.images / 300, problem.labels)
+    assert_agreement(case, faint, "eval logits", "train logits")
 
 
 @pytest.mark.parametrize("image", [(3, 32, 32), (3, 33, 47)])

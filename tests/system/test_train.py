@@ -12,6 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
+from dpresnet.checkpoint import load
+from dpresnet.setup import claim
 from tests.launching import Finished, mpirun, python
 
 WORKER = Path(__file__).with_name("worker_train.py")
@@ -116,6 +118,74 @@ def test_stop_request_on_one_rank_saves_on_all_and_resumes(reference, tmp_path):
     assert curve(tmp_path) == curve(reference)
 
 
+@pytest.mark.parametrize("step", [11, 12])
+def test_stop_at_the_end_of_an_epoch_loses_no_line(reference, tmp_path, step):
+    """The signal of step 11 or 12 is seen before or after the last step of the epoch, which is step 12."""
+    stopped = train(0, tmp_path, "--steps", "30", fault=f"kind=term,step={step}")
+    assert stopped.returncode == 75, stopped.stderr
+    assert succeed(0, tmp_path, "--steps", "30", "--resume", "auto")["params_sha256"] == sha(reference)
+    assert curve(tmp_path) == curve(reference)
+
+
+def test_stop_before_the_first_step(tmp_path):
+    script = "import os, signal; from dpresnet import failure, train\n"
+    script += "listen = failure.StopFlag.listen\n"
+    script += "failure.StopFlag.listen = lambda self: (listen(self), os.kill(os.getpid(), signal.SIGTERM))[0]\n"
+    script += "train.main()"
+    done = python(["-c", script, "--out", str(tmp_path)], timeout=60)
+    assert done.returncode == 75
+    assert "before the first step" in done.stderr
+
+
+def test_best_checkpoint_is_that_of_the_best_epoch(tmp_path):
+    """Whatever the interval of the others: the accuracy inside best.h5 is the highest of the metrics."""
+    succeed(0, tmp_path, "--epochs", "6", "--save-every-epochs", "0")
+    accuracies = [line["test_accuracy"] for line in metrics(tmp_path) if "test_accuracy" in line]
+    best = load(tmp_path / "checkpoints" / "best.h5").meta["progress"]
+    assert best["best_accuracy"] == max(accuracies)
+    assert best["step"] == 12 * (1 + accuracies.index(max(accuracies)))
+
+
+def test_finished_run_resumes_to_the_same_result(reference, tmp_path):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    result = succeed(0, tmp_path, "--steps", "30", "--resume", "auto")
+    assert result["params_sha256"] == sha(reference)
+    assert result["images_per_s"] is None
+    assert curve(tmp_path) == curve(reference)
+
+
+def test_fresh_run_puts_the_checkpoints_of_an_earlier_one_aside(reference, tmp_path):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    fresh = train(0, tmp_path, "--steps", "3")
+    assert fresh.returncode == 0, fresh.stderr
+    assert "are now in" in fresh.stderr
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.h5"]
+    assert (tmp_path / "checkpoints.previous" / "step-00000030.h5").exists()
+    assert succeed(0, tmp_path, "--steps", "4", "--resume", "auto")["steps"] == 4
+
+
+def test_second_run_in_one_folder_is_refused(tmp_path):
+    with claim(tmp_path):
+        done = train(2, tmp_path, "--steps", "2")
+    assert done.returncode == 78
+    assert done.stderr.count("another run is writing there") == 1
+    assert train(2, tmp_path, "--steps", "2").returncode == 0
+
+
+def test_full_disk_ends_the_run_in_one_line(tmp_path):
+    """The file size limit stands for a full disk: the first save fails, and at the end one is required."""
+    script = "import resource, signal; from dpresnet import checkpoint, train\n"
+    script += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); save = checkpoint.save\n"
+    script += "limited = lambda *a: (resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, -1)), save(*a))[1]\n"
+    script += "checkpoint.save = limited; train.main()"
+    done = python(["-c", script, *FLAGS, "--steps", "13", "--out", str(tmp_path)], timeout=60)
+    assert done.returncode == 78, done.stderr
+    assert "WARNING" in done.stderr
+    assert "training goes on" in done.stderr
+    assert done.stderr.count("Refused: ") == 1
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_overflow_on_one_rank_skips_the_step_on_all(reference, tmp_path):
     fault = "kind=overflow,replica=2,step=5"
     shas = {succeed(ranks, tmp_path / str(ranks), "--steps", "30", fault=fault)["params_sha256"] for ranks in (0, 2, 4)}
@@ -194,7 +264,7 @@ def test_what_cannot_work_is_one_line_and_78(tmp_path, flags, ranks, words):
     assert len(lines) == 1, done.stderr
     assert words in lines[0]
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not list(tmp_path.rglob("*.h5"))
 
 
 def test_other_mathematics_are_not_resumed(reference, tmp_path):
