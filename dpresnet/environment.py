@@ -71,8 +71,10 @@ def kernel_cache() -> Path:
     private folder under TMPDIR. Refused if others may write there: what lies in it is executed.
     """
     if chosen := os.environ.get("POCL_CACHE_DIR"):
-        if not writable(Path(chosen)):
-            raise Refused(f"POCL_CACHE_DIR={chosen} cannot be written: name another folder, or unset it")
+        try:
+            Path(chosen).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"POCL_CACHE_DIR={chosen} cannot be written ({error.strerror}): name another, or unset it") from None
         return Path(chosen)
     usual = _usual_cache()
     if usual and writable(usual):

@@ -120,3 +120,10 @@ def test_pocl_obeys(threads_asked, tmp_path):
         """
     done = python(["-c", code], env={"POCL_CACHE_DIR": str(tmp_path)})
     assert done.stdout == f"{threads_asked}\n", done.stderr
+
+
+def test_a_kernel_cache_that_cannot_be_written_is_refused_by_name(clean):
+    for folder in ("/proc/nowhere", __file__):
+        clean.setenv("POCL_CACHE_DIR", folder)
+        with pytest.raises(Refused, match=f"POCL_CACHE_DIR={folder} cannot be written"):
+            environment.kernel_cache()

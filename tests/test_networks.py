@@ -1,5 +1,8 @@
 """The networks without PyTorch: sizes known from the papers and from torchvision, names, options, memory."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from dpresnet.model import Model
 from dpresnet.network import Network
 from dpresnet.plan import lifetimes
 from dpresnet.resnet import ARCHITECTURES, CHOICES, Options
+from dpresnet.setup import check_memory
 
 PARAMETERS = {  # 1000 classes; the CIFAR family with 10 and shortcut A
     "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
@@ -179,3 +183,15 @@ def test_a_pass_that_overflows_leaves_the_running_statistics():
     net.loss_and_grads(np.full((4, 1, 8, 8), 1e6, np.float32), np.arange(4))
     after = net.state_dict()
     assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_memory_is_counted_per_device(device):
+    """Replicas times their own arenas plus the shared ones, for every rank on the device; one byte less is too little."""
+    recorded = model(device, "resnet20", batch=2, stem="cifar")
+    private = sum(sum(recorded.bytes[home]) for home in ("work", "gradient", "statistic", "io"))
+    shared = sum(map(sum, recorded.bytes.values())) - private
+    needed = 2 * (3 * private + shared)
+    for has, fits in ((needed, True), (needed - 1, False)):
+        recorded.device = SimpleNamespace(cl=SimpleNamespace(global_mem_size=has), name="a device")
+        with nullcontext() if fits else pytest.raises(Refused, match="--batch 2: 6 replicas on one device need"):
+            check_memory(recorded, 3, 2)

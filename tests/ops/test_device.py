@@ -79,6 +79,21 @@ def test_refusal_lists_what_there_is(machine, selector):
         choose_device(selector)
 
 
+def test_a_driver_for_both_kinds_gives_its_gpus_only(monkeypatch):
+    monkeypatch.setattr(cl, "get_platforms", lambda: [platform("Both", ("Processor", CPU), ("Big", GPU), ("Bigger", GPU))])
+    assert [chosen("auto", rank) for rank in range(3)] == ["Big", "Bigger", "Big"]
+
+
+def test_a_broken_driver_does_not_hide_the_others(monkeypatch):
+    def broken():
+        raise cl.LogicError("clGetDeviceIDs failed: OUT_OF_HOST_MEMORY")
+
+    dead = platform("Dead")
+    dead.get_devices = broken
+    monkeypatch.setattr(cl, "get_platforms", lambda: [dead, platform("Portable", ("Processor", CPU))])
+    assert chosen("auto") == "Processor"
+
+
 def test_no_platform_is_refused_with_a_remedy(monkeypatch):
     def none_installed():
         raise cl.LogicError("clGetPlatformIDs failed: PLATFORM_NOT_FOUND_KHR")
