@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from contextlib import suppress
 from functools import cached_property
 from importlib.resources import files
@@ -99,13 +100,18 @@ class Device:
 
     @cached_property
     def vector(self) -> int:
-        """Lanes of a vector: 16 where the compiler targets AVX-512, 8 on other CPUs, 1 (work-items are lanes) elsewhere.
+        """Lanes of a vector: 16 on CPUs with AVX-512, 8 on others, 1 (work-items are lanes) elsewhere.
 
-        The compiler is asked, not the CPU: an older compiler may not know a newer CPU, and vectors wider than its
-        target has registers for spill or do not compile at all.
+        PoCL's answer is that of the CPU, while its compiler may be older and not know it; vectors wider than the registers
+        it uses spill or do not compile at all. So there the compiler is asked.
         """
         if not self.host_memory:
             return 1
+        if self.cl.native_vector_width_float < 16:
+            return 8
+        return self._compiled_vector() if "Portable Computing Language" in self.cl.platform.name else 16
+
+    def _compiled_vector(self) -> int:
         answer = self.arena(ALIGNMENT)
         kernel = self.program("probe").probe_vector
         kernel(self.queue, (1,), (1,), answer.buffer(0, 4))
@@ -134,7 +140,8 @@ class Device:
         digest = hashlib.sha256(f"{key} {source}".encode()).hexdigest()[:12]
         program = cl.Program(self.context, f"// {digest}\n{source}")
         try:
-            return program.build(options)
+            with warnings.catch_warnings(action="ignore", category=cl.CompilerWarning):
+                return program.build(options)
         except cl.Error as error:
             raise BuildError(f"kernels/{key} for {self.name}:\n{error}") from None
 

@@ -111,6 +111,21 @@ def test_last_gradient_of_every_bucket_comes_before_its_mark(device):
     assert plan.entries.index(next(e for e in plan if hasattr(e, "bucket"))) < len(plan.entries) * 0.75  # early, not at the end
 
 
+def test_buckets_are_reduced_while_backward_goes_on(device):
+    """The first bucket starts as soon as its kernels are done, long before the last exchange of the backward pass."""
+    trainer = make(device, 4, 2, first_bucket_mb=0.01, bucket_mb=0.05)
+    log = []
+    for name in ("_start_bucket", "_agree"):
+        method = getattr(trainer, name)
+        setattr(trainer, name, lambda what, name=name, method=method: (log.append((name, what)), method(what))[1])
+    gradients(trainer, *samples(8))
+    started = [what for name, what in log if name == "_start_bucket"]
+    assert started == list(range(len(trainer.buckets)))
+    exchanges_left = [sum(other == "_agree" for other, _ in log[i:]) for i, (name, _) in enumerate(log) if name != "_agree"]
+    assert exchanges_left[0] > 10
+    assert exchanges_left == sorted(exchanges_left, reverse=True)
+
+
 @pytest.mark.parametrize("count", [1, 3, 5, 7])
 def test_short_last_batch_weighs_by_its_images(device, count):
     """Replicas with fewer or no images: the gradient is that of one batch of exactly these images."""
