@@ -321,6 +321,10 @@ class Memory:
     def write(self, tensor: Tensor, values: np.ndarray | float) -> None:
         """Fills a tensor from the host."""
         self.view(tensor)[...] = values
+        self.push(tensor)
+
+    def push(self, tensor: Tensor) -> None:
+        """Makes the device side of a tensor current."""
         self.arena(tensor).push(tensor.place[1], tensor.nbytes)
 
 

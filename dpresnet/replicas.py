@@ -125,7 +125,7 @@ class Replicas:
             for tensor, array in ((recorded.images, images), (recorded.labels, labels), (recorded.samples, samples)):
                 if tensor is not None and count:
                     memory.view(tensor)[:count] = array
-                    memory.write(tensor, memory.view(tensor))
+                    memory.push(tensor)
 
     # State by name: numpy views on the host side of the shared arenas.
 
