@@ -80,7 +80,7 @@ class Config:
     momentum: float = _flag(0.9, "optimisation", "momentum of SGD", least=0.0, below=1.0)
     nesterov: bool = _flag(True, "optimisation", "Nesterov's form of momentum")
     weight_decay: float = _flag(5e-4, "optimisation", "L2 penalty, added to the gradient", least=0.0)
-    label_smoothing: float = _flag(0.0, "optimisation", "target share given to all classes", least=0.0, below=1.0)
+    label_smoothing: float = _flag(0.1, "optimisation", "target share given to all classes", least=0.0, below=1.0)
 
     bucket_mb: float = _flag(25.0, "parallel", "gradient bytes that are reduced at once, in MiB", above=0.0)
     first_bucket_mb: float = _flag(1.0, "parallel", "the same for the first bucket, small to start early", above=0.0)

@@ -15,7 +15,7 @@ OTHER = {
     "arch": "resnet50", "stem": "imagenet", "shortcut": "C", "block": "v2", "zero_init_residual": True,
     "num_classes": 7, "dataset": "folder/flowers.h5", "image": 48, "channels": 1, "batch": 5, "replicas": 12,
     "bn": "local", "precision": "fp32", "epochs": 3, "steps": 17, "seed": 2**32 - 1, "lr": 0.125, "schedule": "step",
-    "warmup_epochs": 0.5, "momentum": 0.0, "nesterov": False, "weight_decay": 1e-4, "label_smoothing": 0.1,
+    "warmup_epochs": 0.5, "momentum": 0.0, "nesterov": False, "weight_decay": 1e-4, "label_smoothing": 0.2,
     "bucket_mb": 4.5, "first_bucket_mb": 0.25, "out": "some/where", "resume": "auto", "save_every_epochs": 0,
     "save_every_steps": 100, "keep": 1, "device": "pocl", "threads": 2, "debug": True, "dry_run": True,
 }
