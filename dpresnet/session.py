@@ -1,7 +1,7 @@
 """A training run: what is set up once, the loop over epochs, saving and going on.
 
-Everything of a run that is not a constant is in `Session.state`: the trained arrays, the loss scaler, the position, the best
-accuracy, and the running sums of the epoch. A checkpoint holds exactly that, so a resumed run continues bit for bit.
+Everything of a run that is not a constant is in the trained arrays and the loss scaler of its `Trainer` and in its `Progress`:
+position, best accuracy, running sums of the epoch. A checkpoint holds exactly that, so a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
