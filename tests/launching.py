@@ -88,9 +88,23 @@ def _run(command: list[str], env: dict[str, str], timeout: float) -> Finished:
             running = process.poll() is None
             _kill_session(process)
         stdout, stderr = (_content(f) for f in (out, err))
+    if running or process.returncode:
+        _remove_shared_memory()
     if running:
         raise TimedOut(f"{command} ran past {timeout} s\n--- stdout\n{stdout}\n--- stderr\n{stderr}")
     return Finished(process.returncode, stdout, stderr, seconds)
+
+
+def _remove_shared_memory() -> None:
+    """Deletes the segments that killed ranks of MPICH have left behind: those of ours that no process has mapped."""
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            mapped += maps.read_text()
+    for segment in Path("/dev/shm").glob("mpich_shm_*"):
+        with contextlib.suppress(OSError):
+            if segment.stat().st_uid == os.getuid() and segment.name not in mapped:
+                segment.unlink()
 
 
 def _content(file) -> str:
