@@ -105,7 +105,7 @@ class Solo:
 
     def __init__(self) -> None:
         self.host = socket.gethostname()
-        self.library = "none (one process)"
+        self.mpi_library = "none (one process)"
 
     def allgather(self, a: np.ndarray) -> np.ndarray:
         return np.array(a)[None]
@@ -182,7 +182,7 @@ class World:
         self.rank, self.size = self._comm.rank, self._comm.size
         self.local_rank, self.local_size = self._node.rank, self._node.size
         self.host = socket.gethostname()
-        self.library = _library(mpi)
+        self.mpi_library = _library(mpi)
 
     def _start(self, operation: Callable[..., Any], *arguments: Any) -> Request:
         with self._lock:

@@ -251,7 +251,7 @@ class Session:
                 "python": sys.version.split()[0],
                 "numpy": np.__version__,
                 "device": self.device.name,
-                "mpi": self.comm.library,
+                "mpi": self.comm.mpi_library,
             },
         }
         try:

@@ -18,7 +18,7 @@ from dpresnet.comm import connect
 c = connect()
 found = c.gather(f"{c.local_rank}/{c.local_size}")
 if c.rank == 0:
-    print(c.library, ",".join(found))
+    print(c.mpi_library, ",".join(found))
 """
 HYDRA_OF_ANOTHER_MPI = {"PMI_SIZE": "4", "PMI_RANK": "2"}
 

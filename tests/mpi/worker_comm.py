@@ -64,4 +64,4 @@ comm.node_barrier()
 
 assert comm.gather((comm.local_rank, comm.local_size)) == [(r, P) for r in range(P)]
 if me == 0:
-    print("all as expected:", comm.library)
+    print("all as expected:", comm.mpi_library)
