@@ -197,6 +197,15 @@ def test_overflow_on_one_rank_skips_the_step_on_all(reference, tmp_path):
     assert lines[4]["lr"] == lines[5]["lr"]  # the schedule waited
 
 
+def test_loss_scale_and_schedule_survive_a_resume(tmp_path):
+    """After a skipped step, neither the scale nor the position of the schedule is what a fresh run would have."""
+    fault = "kind=overflow,replica=2,step=3"
+    whole = succeed(0, tmp_path / "whole", "--steps", "9", fault=fault)
+    succeed(0, tmp_path / "parts", "--steps", "5", fault=fault)
+    assert succeed(0, tmp_path / "parts", "--steps", "9", "--resume", "auto")["params_sha256"] == whole["params_sha256"]
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("fault", ["kind=exception,rank=1,step=3", "kind=loader,replica=1,step=2"])
 def test_exception_on_one_rank_ends_the_job(tmp_path, fault):
     calm = train(4, tmp_path / "calm", "--steps", "4")
