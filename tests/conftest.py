@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-OPTIONAL = ("peers", "intel")
+OPTIONAL = ("peers", "intel", "memcheck")
 LAST = ("mpi", "system")
 LIMIT_S = 120  # of a test without a @pytest.mark.limit(seconds) of its own
 
