@@ -1,6 +1,6 @@
 """Order, time limits and optional suites: the smallest tests run first, those that start ranks last, and none hangs.
 
-The suites in OPTIONAL need packages that `make test` does not install, and run only when their folder is named:
+The suites in OPTIONAL need what `make test` does not install, and run only when their folder is named:
 ``pytest tests/peers``.
 """
 

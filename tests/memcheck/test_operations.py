@@ -4,7 +4,6 @@ import importlib
 import re
 from pathlib import Path
 
-import checked
 import harness
 import numpy as np
 import pytest
@@ -24,3 +23,31 @@ def operation_tests(stem: str) -> dict[str, object]:
 for file in sorted(KERNELS.glob("*.cl")):
     if (OPERATIONS / f"test_{file.stem}.py").exists():
         globals().update(operation_tests(file.stem))
+
+
+@harness.each_mode
+@pytest.mark.parametrize("verb", ["vector", "peak"])
+def test_probe(mode, verb):
+    """No operation, so it has no test in tests/ops: the launches of `Device` and `dpresnet.bench`."""
+    bench, items = Bench(mode), 1 if verb == "vector" else 3
+    answer, values = bench.out_array(1, dtype=np.int32), bench.array(np.ones(16 * (items + 1)))
+    args, writes = ([answer], [answer]) if verb == "vector" else ([values, np.int32(2)], [values])
+    bench.plan.launch("probe", f"probe_{verb}", (items,), args, writes)
+    bench.run()
+
+
+def kernels() -> set[str]:
+    """The names of all kernels in the source."""
+    source = "\n".join(re.sub("//.*", "", file.read_text()) for file in KERNELS.glob("*.cl"))
+    return set(re.findall(r"__kernel\b.*?\bvoid\s+(\w+)\s*\(", source, re.DOTALL))
+
+
+def test_every_kernel_was_launched(request):
+    """By the tests above: in one mode at least, and in every mode in which a program that was built contains it.
+
+    One that is missing needs a test in tests/ops with a small shape; or, if a path has no use for it, an `#if VEC` around it.
+    """
+    if request.config.option.keyword or any("::" in argument for argument in request.config.args):
+        pytest.skip("only some of the tests above were asked for")
+    assert sorted(kernels() - {name for name, _ in launched}) == []
+    assert sorted(f"{name} {mode}" for name, mode in compiled - launched) == []
