@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 OPTIONS = {
-    "UNINITIALIZED": "1",  # what nobody wrote may be moved, but not stored in global memory, branched on or used as an index
+    "UNINITIALIZED": "1",  # reported where such a value is stored, branched on or part of an address
     "DATA_RACES": "1",
     "UNIFORM_WRITES": "1",  # two work-items that write the same value to one place are a race too
     "CHECK_API": "1",
