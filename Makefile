@@ -21,8 +21,8 @@ train: .venv/installed
 test: .venv/installed
 	$(IN_VENV) python -m pytest $(TESTS)
 
-# the same networks in PyTorch
-test-peers: .venv/installed-peers
+# the same networks in PyTorch, and the pictures of the measurements
+test-peers: .venv/installed-bench
 	$(IN_VENV) python -m pytest tests/peers
 
 # the operations and the digits job on Intel's OpenCL runtime
@@ -42,8 +42,9 @@ lint: .venv/installed
 	$(IN_VENV) ruff check .
 	$(IN_VENV) shellcheck launch/*.sh .ci/run
 
-bench: .venv/installed
-	$(IN_VENV) python -m dpresnet.bench ops $(FLAGS)
+# a training step of ResNet-18 against PyTorch's    (another: make bench FLAGS="--arch resnet50 --image 224 --batch 8")
+bench: .venv/installed-bench
+	$(IN_VENV) python -m dpresnet.bench step --against torch $(FLAGS)
 
 clean:
 	rm -rf .venv .venv-openmpi build *.egg-info .pytest_cache .ruff_cache

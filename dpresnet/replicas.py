@@ -45,6 +45,7 @@ class Replicas:
 
     def __init__(self, model: Model, first: int, count: int):
         self.model, self.device = model, model.device
+        self.observe: Callable[[Launch, cl.Event], None] | None = None  # told of every launch, for measurements
         shared = {home: self._arenas(home) for home in SHARED}
         self._constants: dict[int, cl.Buffer] = {}  # kept: setting a kernel's argument does not keep the buffer alive
         constants = self._constants
@@ -64,7 +65,10 @@ class Replicas:
     def enqueue(self, launch: Launch, kernel: cl.Kernel) -> cl.Event:
         """Starts one launch. On a CPU a work-item is a task of its own; elsewhere the driver groups them."""
         local = (1,) * len(launch.size) if self.device.host_memory else None
-        return cl.enqueue_nd_range_kernel(self.device.queue, kernel, launch.size, local)
+        event = cl.enqueue_nd_range_kernel(self.device.queue, kernel, launch.size, local)
+        if self.observe:
+            self.observe(launch, event)
+        return event
 
     def run_shared(self, plan: Plan) -> None:
         """Replays a plan on what the replicas share."""

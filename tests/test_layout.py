@@ -16,9 +16,9 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 
 # A module may import modules of lower layers only.
 LAYERS = [
-    ["errors", "reference", "tree"],
-    ["config", "environment", "device", "comm", "datasets.schema"],
-    ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure"],
+    ["errors", "reference", "tree", "bench.torch_resnet"],
+    ["config", "environment", "device", "comm", "datasets.schema", "bench.workload"],
+    ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts"],
     ["ops.*", "datasets.*"],
     ["nn"],
     ["resnet"],
@@ -27,12 +27,16 @@ LAYERS = [
     ["trainer"],
     ["network", "setup", "machine"],
     ["session"],
-    ["train", "evaluate", "bench", "doctor"],
+    ["bench.ours", "bench.theirs", "bench.peaks", "bench.child"],
+    ["bench.step", "bench.memory", "bench.worker"],
+    ["bench.ops", "bench.picture"],
+    ["train", "evaluate", "bench.__main__", "doctor"],
 ]
-ALONE = ["errors", "reference", "tree"]
+ALONE = ["errors", "reference", "tree", "bench.torch_resnet"]
 WITHOUT_MPI = ["device", "plan", "ops.*", "nn", "resnet", "model", "initial", "replicas"]
 WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "datasets.*"]
+WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "child", "step", "memory", "picture", "theirs")]
 
 NOT_OPERATIONS = {"common", "probe"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
@@ -134,7 +138,9 @@ def test_walls(patterns, strangers):
 
 
 @pytest.mark.parametrize("library", ["pyopencl", "mpi4py"])
-@pytest.mark.parametrize("module", ["dpresnet", "dpresnet.train", "dpresnet.comm", "dpresnet.environment"])
+@pytest.mark.parametrize(
+    "module", ["dpresnet", "dpresnet.train", "dpresnet.comm", "dpresnet.environment", "dpresnet.bench.__main__"]
+)
 def test_importing_loads_neither_opencl_nor_mpi(module, library):
     """Both read the environment when they are loaded, so a program has to come first."""
     code = f"import sys, {module}; sys.exit({library!r} in sys.modules)"

@@ -77,7 +77,7 @@ def test_the_wheel_works_away_from_the_checkout(installed, tmp_path):
     paths, facts = run(sys.executable, "-c", code, env=environ, cwd=tmp_path).splitlines()
     assert [str(installed) in path for path in paths.split()] == [True] * 4
     assert facts == "True 1797"
-    for program in ("train", "doctor"):
+    for program in ("train", "doctor", "bench"):
         assert "usage" in run(sys.executable, "-m", f"dpresnet.{program}", "--help", env=environ, cwd=tmp_path).lower()
 
 

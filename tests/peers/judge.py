@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch_resnet
 from problems import Arrays, Batch, Case, Problem, load, state, tensor
 from torch import Tensor, nn
 
 import dpresnet
+from dpresnet.bench import torch_resnet
 
 
 class SGD(NamedTuple):

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch_resnet
 from torch import Tensor, nn
+
+from dpresnet.bench import torch_resnet
 
 MARGIN = 2.0**-18
 """64 roundings (2^-24 each) of a number near 1, which is the size of the ReLU inputs here."""

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch_resnet
 from judge import (
     SGD,
     assert_within,
@@ -24,6 +23,7 @@ from judge import (
 from problems import Case, Problem, draw_clear_batch, draw_images, draw_labels, load, pose, state
 
 import dpresnet
+from dpresnet.bench import torch_resnet
 from dpresnet.errors import Refused
 
 CIFAR, IMAGENET, DEEP = {"stem": "cifar"}, {"stem": "imagenet"}, {"stem": "deep"}

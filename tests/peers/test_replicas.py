@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch_resnet
 from judge import Arrays, as_float64, assert_within, largest, our_outcome, random_walk, torch_outcome
 from problems import Case, Problem, load, pose, tensor
 from torch import nn
 
 import dpresnet
+from dpresnet.bench import torch_resnet
 
 CASES = [
     Case("resnet18", options={"stem": "cifar"}),

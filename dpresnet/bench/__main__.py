@@ -1,0 +1,146 @@
+"""The command line of the measurements: table on the terminal, JSON with --json, picture with --png."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpresnet import environment
+from dpresnet.bench import facts, memory, ops, picture, step
+from dpresnet.bench.workload import Facts, Workload
+from dpresnet.config import CIFAR_ARCHS, IMAGENET_ARCHS, PLAIN_ARCHS
+from dpresnet.errors import GaveUp, Refused
+
+SMALL = 64  # pixels; smaller images get the CIFAR stem
+WORDS = ("channels_last", "compile", "bf16")  # of which a variant of PyTorch is made
+
+
+def parser() -> argparse.ArgumentParser:
+    """Subcommands and their flags."""
+    top = argparse.ArgumentParser(prog="python -m dpresnet.bench", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="step | ops | memory")
+    for name, batch, text in (
+        ("step", 64, "whole training steps, interleaved with PyTorch's if asked"),
+        ("ops", 32, "every launch of a step against the peaks of the device"),
+        ("memory", 64, "peak memory of a training process"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        add_workload(command, batch)
+        if name != "ops":
+            command.add_argument("--against", choices=["torch"], help="compare with PyTorch on the CPU")
+            command.add_argument("--variants", type=variants, default=variants("contiguous,channels_last"), metavar="LIST",
+                                 help="of PyTorch, the best one counts: contiguous, or words joined by + of "
+                                 f"{', '.join(WORDS)} (contiguous,channels_last)")  # fmt: skip
+        if name != "memory":
+            command.add_argument("--infer", action="store_true", help="the forward pass of evaluation, not a training step")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+        command.add_argument("--png", type=Path, metavar="FILE", help="draw it")
+    steps, operations, held = (commands.choices[name] for name in ("step", "ops", "memory"))
+    steps.add_argument("--pairs", type=positive, default=7, help="turns of each side (7)")
+    steps.add_argument("--turn", type=float, default=2.0, metavar="SECONDS", help="of steps in a row, at least one step (2)")
+    operations.add_argument("--rounds", type=positive, default=7, help="times that each launch is measured (7)")
+    held.add_argument("--steps", type=positive, default=3, help="that each process trains (3)")
+    held.add_argument("--runs", type=positive, default=3, help="processes of each kind; the median counts (3)")
+    return top
+
+
+def add_workload(command: argparse.ArgumentParser, batch: int) -> None:
+    """The flags of `Workload`."""
+    command.add_argument("--arch", default="resnet18", choices=IMAGENET_ARCHS + CIFAR_ARCHS + PLAIN_ARCHS, metavar="ARCH")
+    command.add_argument("--stem", choices=["imagenet", "cifar", "deep"], help=f"cifar below {SMALL} pixels, else imagenet")
+    command.add_argument("--image", type=positive, default=32, help="height and width in pixels (32)")
+    command.add_argument("--batch", type=positive, default=batch, help=f"images per step ({batch})")
+    command.add_argument("--classes", type=positive, default=10, help="(10)")
+    command.add_argument("--precision", default="fp32", choices=["fp16", "fp32"], help="of dpresnet (fp32); PyTorch has fp32")
+    command.add_argument("--device", default="auto", help="OpenCL device of dpresnet: index or part of its name")
+    command.add_argument("--threads", type=int, default=0, help="CPU threads of either side; 0: all cores")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least 1")
+    return number
+
+
+def variants(text: str) -> list[str]:
+    """Names of variants of PyTorch, each once."""
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name != "contiguous" and not set(name.split("+")) <= set(WORDS):
+            raise argparse.ArgumentTypeError(f"{name!r}: use contiguous, or words of {', '.join(WORDS)} joined by +")
+    return names
+
+
+def workload(args: argparse.Namespace) -> Workload:
+    """What the flags describe, with the defaults that depend on others or on the machine filled in."""
+    return Workload(
+        arch=args.arch,
+        stem=args.stem or ("cifar" if args.image < SMALL else "imagenet"),
+        image=args.image,
+        batch=args.batch,
+        classes=args.classes,
+        precision=args.precision,
+        device=args.device,
+        threads=args.threads or environment.default_threads(1),
+        infer=getattr(args, "infer", False),
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses at once what would fail after minutes of measuring."""
+    facts.check_folder(args.json, "--json")
+    facts.check_folder(args.png, "--png")
+    if args.png:
+        picture.check()
+    if getattr(args, "against", None) and importlib.util.find_spec("torch") is None:
+        raise Refused("--against torch: PyTorch is not installed here: pip install 'dpresnet[bench]' (in a checkout: make "
+                      ".venv/installed-bench), or leave --against out to measure dpresnet alone")  # fmt: skip
+
+
+def measure(args: argparse.Namespace, work: Workload) -> tuple[Facts, str]:
+    """What the subcommand found, and its table."""
+    peers = args.variants if getattr(args, "against", None) else []
+    if args.command == "step":
+        results = step.measure(work, peers, args.pairs, args.turn)
+        return results, step.report(results, work)
+    if args.command == "memory":
+        results = memory.measure(work, peers, args.steps, args.runs)
+        return results, memory.report(results, work)
+    environment.prepare(work.threads, 0, 1)
+    results = ops.measure(work, args.rounds)
+    return results, ops.report(results, work)
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Checks, measures, prints, writes."""
+    args = parser().parse_args(argv)
+    check(args)
+    work = workload(args)
+    found = facts.gather(args) | {"workload": vars(work)}
+    print(facts.heading(found), flush=True)
+    results, text = measure(args, work)
+    print(text)
+    found["versions"]["driver"] = results["device"]
+    found |= {"results": results}
+    if args.json:
+        facts.write_json(args.json, found)
+    if args.png:
+        picture.draw(args.command, found, work, args.png)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or that of what was refused, with one line on stderr."""
+    try:
+        run(argv)
+    except (Refused, GaveUp) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""dpresnet's side: the step that `dpresnet.train` takes with one process, and what the device did in it.
+
+Import after `dpresnet.environment.prepare`: this loads OpenCL.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import numpy as np
+import pyopencl as cl
+
+from dpresnet.amp import LossScaler
+from dpresnet.bench.workload import Facts, Sgd, Workload
+from dpresnet.comm import Solo
+from dpresnet.device import Device, choose_device
+from dpresnet.initial import initial_state
+from dpresnet.model import Model, Pixels
+from dpresnet.plan import Launch
+from dpresnet.resnet import Options
+from dpresnet.trainer import Hyper, Trainer
+
+BATCHES = 2  # fed in turn
+WARM_STEPS = 3
+SETTLING_STEPS = 30  # at most, until the loss scale no longer overflows
+
+Span = tuple[float, float]  # begin and end on the device's clock, in seconds
+
+
+class Ours:
+    """One network with one replica, its optimizer, and 8-bit images that are fed, cropped and flipped in every step."""
+
+    def __init__(self, work: Workload):
+        self.work, sgd = work, Sgd()
+        self.device = Device(choose_device(work.device))
+        edge = (0.5,) * 3
+        pixels = Pixels(np.array(edge), np.array(edge) / 2, padding=max(1, work.image // 8), flip=True)
+        shape = (3, work.image, work.image)
+        options = Options(work.classes, work.stem)
+        self.model = Model(self.device, work.arch, options, shape, work.batch, work.precision, pixels=pixels)
+        scaler = LossScaler() if work.precision == "fp16" else LossScaler.disabled()
+        self.trainer = Trainer(self.model, Solo(), 1, scaler=scaler)
+        self.trainer.restore(initial_state(self.model.state, 0))
+        self.lr, self._hyper = sgd.lr, Hyper(sgd.momentum, sgd.weight_decay)
+        random = np.random.default_rng(0)
+        self._batches = [
+            (
+                random.integers(0, 256, (work.batch, *shape), np.uint8),
+                random.integers(0, work.classes, work.batch, np.int32),
+                np.arange(k * work.batch, (k + 1) * work.batch, dtype=np.uint32),
+            )
+            for k in range(BATCHES)
+        ]
+        self._done = 0
+
+    @property
+    def name(self) -> str:
+        """Device, platform and driver."""
+        return self.device.name
+
+    def step(self) -> bool:
+        """One whole step (or evaluation); returns whether the loss scaler dropped it."""
+        batch = self._batches[self._done % BATCHES]
+        self._done += 1
+        if self.work.infer:
+            self.trainer.evaluate([batch])
+            return False
+        return self.trainer.step([batch], self.work.batch, self.lr, self._hyper).skipped
+
+    def warm(self) -> Facts:
+        """Compiles and settles; seconds of a step afterwards, and the steps that the loss scaler dropped on the way."""
+        self.trainer.replicas.warm()
+        skipped = 0
+        for _ in range(SETTLING_STEPS):
+            dropped = self.step()
+            skipped += dropped
+            if not dropped:
+                break
+        seconds = self.run(WARM_STEPS)["seconds"]
+        return {"step_s": min(seconds), "skipped": skipped}
+
+    def run(self, steps: int) -> Facts:
+        """Seconds of each step, and how many of them the loss scaler dropped: those skip the update.
+
+        The update of a step may still run while the next one is fed, as in training; the last step's end is waited for.
+        """
+        clock, skipped = [time.perf_counter()], 0
+        for number in range(1, steps + 1):
+            skipped += self.step()
+            if number == steps:
+                self.device.finish()
+            clock.append(time.perf_counter())
+        return {"seconds": [end - begin for begin, end in pairwise(clock)], "skipped": skipped}
+
+    def overhead(self, steps: int) -> Facts:
+        """Per step: wall time, time in which a kernel ran on the device, and CPU time of this thread, in seconds.
+
+        In an in-order queue no two kernels overlap, so what their spans leave of the wall time is that of launches, of
+        Python and of exchanges with the host. On a CPU device this thread takes its own time from the kernels as well;
+        that part is in no gap and is why it is listed.
+        """
+        rows = [self._profiled_step() for _ in range(steps)]
+        return {"wall_s": [r[0] for r in rows], "kernels_s": [r[1] for r in rows], "thread_s": [r[2] for r in rows],
+                "launches": rows[0][3]}  # fmt: skip
+
+    def _profiled_step(self) -> tuple[float, float, float, int]:
+        with self.profiling() as events:
+            wall, thread = time.perf_counter(), time.thread_time()
+            self.step()
+            self.device.finish()
+            wall, thread = time.perf_counter() - wall, time.thread_time() - thread
+        spans = [span(event) for _, event in events]
+        return wall, covered(spans), thread, len(spans)
+
+    @contextmanager
+    def profiling(self, between: Callable[[list], None] | None = None) -> Iterator[list[tuple[Launch, cl.Event]]]:
+        """Within, commands go to a queue that records when they ran; gives every launch and its event, in order.
+
+        ``between(launches so far)`` is called after each launch and may enqueue work of its own.
+        """
+        events: list[tuple[Launch, cl.Event]] = []
+
+        def observe(launch: Launch, event: cl.Event) -> None:
+            events.append((launch, event))
+            if between:
+                between(events)
+
+        replicas, usual = self.trainer.replicas, self.device.queue
+        self.device.finish()
+        self.device.queue = cl.CommandQueue(self.device.context, properties=cl.command_queue_properties.PROFILING_ENABLE)
+        replicas.observe = observe
+        try:
+            yield events
+            self.device.finish()
+        finally:
+            replicas.observe, self.device.queue = None, usual
+
+    def memory(self) -> Facts:
+        """Bytes that the arenas hold, by home."""
+        return {"parts": {home: sum(chunks) for home, chunks in self.model.bytes.items()}}
+
+
+def span(event: cl.Event) -> Span:
+    """When a finished command ran."""
+    return 1e-9 * event.profile.start, 1e-9 * event.profile.end
+
+
+def covered(spans: list[Span]) -> float:
+    """Seconds in at least one of the spans."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
