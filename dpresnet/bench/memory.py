@@ -60,7 +60,7 @@ def report(results: Facts, work: Workload) -> str:
              for label, key in (("peak", "median"), ("least", "least"), ("most", "most"))]  # fmt: skip
     lines.append(table(["MiB", *sides], rows))
     lines += ["", "libraries: after importing; the named parts are what arrays of that kind take; rest: everything else",
-              "(driver, compiler, PyTorch's activations, Python's objects), below 0 where arrays were never touched"]  # fmt: skip
+              "(driver, compiler, PyTorch's activations, Python's objects), below 0 where arrays were not touched"]  # fmt: skip
     if "ratio" in results:
         lines.append(f"{results['ratio']:.2f} x {results['compared_with']}")
     return "\n".join(lines)

@@ -137,8 +137,10 @@ def row(index: int, launch: Any, plan: str, taken: list[Round], cache_bytes: int
 
 def touched(launch: Any) -> int:
     """Bytes that have to move at least: every array once, and once more if it is read and then written."""
+    from dpresnet.plan import Constant
+
     tensors = {id(tensor): tensor.nbytes for tensor in launch.tensors}
-    tables = {id(arg): arg.data.nbytes for arg in launch.args if hasattr(arg, "data") and hasattr(arg.data, "nbytes")}
+    tables = {id(arg): arg.data.nbytes for arg in launch.args if isinstance(arg, Constant)}
     again = sum(t.nbytes for t in launch.writes) if f"{launch.stem}_{launch.verb}" in UPDATED_IN_PLACE else 0
     return sum(tensors.values()) + sum(tables.values()) + again
 

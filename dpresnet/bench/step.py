@@ -82,8 +82,8 @@ def report(results: Facts, work: Workload) -> str:
                      f"median of {len(results['ratios'])} pairs")  # fmt: skip
     if profile := sides["ours"].get("overhead"):
         wall = statistics.median(profile["wall_s"])
-        lines += [f"launches and Python: {profile['share']:.2%} of a step of {1e3 * wall:.1f} ms are in no kernel "
-                  f"({profile['launches']} launches);", f"the host thread computes for {profile['thread_share']:.2%}"]  # fmt: skip
+        lines.append(f"launches and Python: {profile['share']:.2%} of a step of {1e3 * wall:.1f} ms in no kernel, "
+                     f"{profile['launches']} launches; the host thread computes for {profile['thread_share']:.2%}")  # fmt: skip
     return "\n".join([*lines, *(f"WARNING: {line}" for line in results["warnings"])])
 
 

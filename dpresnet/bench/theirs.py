@@ -23,7 +23,7 @@ class Variant:
 
     def __init__(self, work: Workload, name: str):
         torch.manual_seed(0)
-        words, sgd = set(name.split("+")), Sgd()
+        self.name, words, sgd = name, set(name.split("+")), Sgd()
         self.net = resnet(work.arch, num_classes=work.classes, stem=work.stem)
         for module in self.net.modules():
             if isinstance(module, nn.ReLU):

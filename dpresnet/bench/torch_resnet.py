@@ -1,7 +1,7 @@
-"""Every network of dpresnet, defined a second time in PyTorch: what speed is compared with, and the oracle of the peers suite.
+"""Every network of dpresnet, defined a second time in PyTorch: the peer in speed, and the oracle of the peers suite.
 
-Nothing here is shared with the rest of the package, so a mistake has to be made twice to go unnoticed. Module names are those of
-torchvision (`layer1.0.conv1`, `layer2.0.downsample.0`, `fc`), extended where torchvision has no such network:
+Nothing here is shared with the rest of the package, so a mistake has to be made twice to go unnoticed. Module names are
+those of torchvision (`layer1.0.conv1`, `layer2.0.downsample.0`, `fc`), extended where torchvision has no such network:
 
 * `stem="deep"` makes `conv1` a Sequential (`conv1.0` conv, `.1` norm, `.3` conv, `.4` norm, `.6` conv), as timm does;
 * `block="v2"` has no `bn1` behind the stem; the norm in front of the pooling is called `norm`;

@@ -1,0 +1,108 @@
+"""The side that speed is compared with: it computes the same step, runs in the comparison, and everything found is drawn."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from judge import random_walk
+from problems import Case
+
+import dpresnet
+from dpresnet.bench import picture
+from dpresnet.bench.theirs import Theirs, Variant
+from dpresnet.bench.workload import Sgd, Workload
+
+TINY = ["--arch", "resnet20", "--image", "8", "--batch", "4"]
+WORK = Workload("resnet20", image=8, batch=4)
+IMAGENET = Workload("resnet18", stem="imagenet", image=32, batch=4)
+
+
+@pytest.mark.parametrize("work", [WORK, IMAGENET], ids=str)
+@pytest.mark.parametrize("name", ["contiguous", "channels_last"])
+def test_both_sides_take_the_same_step(work, name):
+    """Loss and the last layer after one step, from the same weights and images; later layers hold all earlier errors."""
+    theirs, sgd = Variant(work, name), Sgd()
+    shape = (3, work.image, work.image)
+    net = dpresnet.Network(work.arch, num_classes=work.classes, image=shape, batch=work.batch, precision="fp32", stem=work.stem)
+    net.load_state_dict({key: value.numpy() for key, value in theirs.net.state_dict().items()})
+    before = theirs.net.fc.bias.detach().numpy().copy()
+    images, labels = theirs.images.numpy(), theirs.labels.numpy()
+    loss = net.train_step(images, labels, lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+    tolerance = random_walk(Case(work.arch, shape, work.batch, options={"stem": work.stem}))
+    assert float(theirs.step()) == pytest.approx(loss, rel=10 * tolerance)  # about ten layers in a row
+    after = theirs.net.fc.bias.detach().numpy()
+    change = np.abs(after - before).max()
+    assert change > 0
+    np.testing.assert_allclose(net.state_dict()["fc.bias"], after, rtol=0, atol=10 * tolerance * change + 2.0**-24)
+
+
+def test_inference_is_that_of_evaluation():
+    theirs = Variant(Workload("resnet20", image=8, batch=4, infer=True), "contiguous")
+    first, second = theirs.step(), theirs.step()
+    assert not first.requires_grad
+    assert first.equal(second)  # running statistics, which stay as they are
+
+
+def test_the_fastest_variant_stays(monkeypatch):
+    side = Theirs(WORK, ["contiguous", "channels_last", "bf16"])
+    slow = {"contiguous": 0.3, "channels_last": 0.1, "bf16": 0.2}
+    monkeypatch.setattr(Variant, "run", lambda self, steps: [slow[self.name]] * steps)
+    warm = side.warm()
+    assert (warm["variant"], warm["step_s"], warm["variants"]) == ("channels_last", 0.1, slow)
+    assert side.run(2) == {"seconds": [0.1, 0.1]}
+
+
+def bench(*argv, folder):
+    """JSON facts, what was printed, and the size in pixels of the picture of a real run."""
+    json_file, png = folder / "found.json", folder / "found.png"
+    command = [sys.executable, "-m", "dpresnet.bench", *argv, "--json", str(json_file), "--png", str(png)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    header = png.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return json.loads(json_file.read_text()), done.stdout, struct.unpack(">II", header[16:])
+
+
+def test_step_against_torch(tmp_path):
+    found, printed, pixels = bench("step", *TINY, "--against", "torch", "--pairs", "3", "--turn", "0.05", folder=tmp_path)
+    results = found["results"]
+    theirs, ours = (results["sides"][name] for name in ("theirs", "ours"))
+    assert theirs["name"].startswith("PyTorch 2")
+    assert theirs["variant"] in theirs["variants"].keys() == {"contiguous", "channels_last"}
+    assert results["ratios"] == [a / b for a, b in zip(ours["images_per_s"], theirs["images_per_s"], strict=True)]
+    assert results["ratio"]["median"] == sorted(results["ratios"])[1]
+    assert len(theirs["turns"]) == len(ours["turns"]) == 3
+    assert f"{results['ratio']['median']:.2f} x PyTorch" in printed
+    assert found["versions"]["torch"].startswith("2.13")
+    assert min(pixels) > 500
+
+
+def test_memory_against_torch(tmp_path):
+    found, printed, pixels = bench("memory", *TINY, "--against", "torch", "--runs", "1", "--steps", "1", folder=tmp_path)
+    results = found["results"]
+    peaks = {name: side["spread"]["median"] for name, side in results["sides"].items()}
+    smallest = min((name for name in peaks if name != "dpresnet"), key=peaks.get)
+    assert (results["compared_with"], results["ratio"]) == (smallest, peaks["dpresnet"] / peaks[smallest])
+    assert peaks.keys() == {"dpresnet", "PyTorch contiguous", "PyTorch channels_last"}
+    assert f"{results['ratio']:.2f} x {smallest}" in printed
+    assert min(pixels) > 500
+
+
+def test_every_launch_is_drawn(tmp_path):
+    """Once, in one of the two charts, and every kernel has its bar."""
+    found, _, _ = bench("ops", *TINY, "--rounds", "1", folder=tmp_path)
+    rows = found["results"]["rows"]
+    with_flops, without, bars = picture.ops(found["results"], WORK).axes
+    drawn = [sum(len(group.get_offsets()) for group in chart.collections) for chart in (with_flops, without)]
+    assert drawn == [sum(bool(row["flops"]) for row in rows), sum(not row["flops"] for row in rows)]
+    lengths = [bar.get_width() for bar in bars.patches]
+    assert sum(lengths) == pytest.approx(1e3 * found["results"]["sum_s"])
+    for chart in (with_flops, without):
+        (left, right), (bottom, top) = chart.get_xlim(), chart.get_ylim()
+        points = [point for group in chart.collections for point in group.get_offsets()]
+        assert all(left < x < right and bottom < y < top for x, y in points)
