@@ -1,5 +1,6 @@
 # make train    trains on the embedded digits with four ranks    (more flags: make train FLAGS="--epochs 10")
 # make test     the tests                                         (some of them: make test TESTS=tests/ops)
+# make bench    a training step against PyTorch's on the same cores    (another: make bench FLAGS="--arch resnet20")
 #
 # Every target makes the environment that it needs: .venv, anew when pyproject.toml changes.
 
@@ -42,7 +43,7 @@ lint: .venv/installed
 	$(IN_VENV) ruff check .
 	$(IN_VENV) shellcheck launch/*.sh .ci/run
 
-# a training step of ResNet-18 against PyTorch's    (another: make bench FLAGS="--arch resnet50 --image 224 --batch 8")
+# ResNet-18 for 32x32 images, batch 64, fp32, unless FLAGS say otherwise
 bench: .venv/installed-bench
 	$(IN_VENV) python -m dpresnet.bench step --against torch $(FLAGS)
 

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def test_step_alone(tmp_path):
     assert side["spread"]["least"] <= side["spread"]["median"] <= side["spread"]["most"]
     profile = side["overhead"]
     assert all(0 < kernels < wall for kernels, wall in zip(profile["kernels_s"], profile["wall_s"], strict=True))
-    assert 0 < profile["share"] < 1
+    assert 0 <= profile["exchange_share"] < profile["share"] < 1
     assert profile["launches"] > 200
     assert f"{side['spread']['median']:.1f}" in printed
 
@@ -196,11 +198,31 @@ def test_a_side_that_spins_and_steps_without_update_are_told():
     ]
 
 
+def test_clocks_run_until_the_device_is_done(monkeypatch):
+    """A step takes 1 s until it returns, and the update that it leaves behind 10 s more."""
+    now = [0.0]
+    monkeypatch.setattr(ours.time, "perf_counter", lambda: now[0])
+    side = ours.Ours.__new__(ours.Ours)
+    side.step = lambda: bool(now.__setitem__(0, now[0] + 1))
+    side.device = SimpleNamespace(finish=lambda: now.__setitem__(0, now[0] + 10))
+    side.profiling, side._after_exchanges = lambda: nullcontext([]), set
+    assert side.run(3) == {"seconds": [1, 1, 11], "skipped": 0}
+    assert side.overhead(2)["wall_s"] == [11, 11]
+
+
 def test_overhead_is_what_kernels_leave():
-    samples = {"wall_s": [1.0, 2.0, 4.0], "kernels_s": [0.9, 1.9, 3.0], "thread_s": [0.1, 0.1, 0.1], "launches": 3}
+    samples = {"wall_s": [1.0, 2.0, 4.0], "kernels_s": [0.9, 1.9, 3.0], "thread_s": [0.1, 0.1, 0.1],
+               "exchanges_s": [0.01, 0.02, 0.04], "launches": 3}  # fmt: skip
     profile = step.overhead(samples)
     assert profile["share"] == pytest.approx(0.1)
     assert profile["thread_share"] == pytest.approx(0.05)
+    assert profile["exchange_share"] == pytest.approx(0.01)
+
+
+def test_gaps_belong_to_the_launch_behind_them():
+    spans = [(0, 1), (3, 4), (4, 6), (7, 8)]
+    assert ours.gaps_before({20, 40}, [10, 20, 30, 40], spans) == 2 + 1
+    assert ours.gaps_before({10, 30}, [10, 20, 30, 40], spans) == 0
 
 
 def test_spans_that_overlap_count_once():

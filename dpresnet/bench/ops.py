@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dpresnet.bench.facts import spread, table
-from dpresnet.bench.step import overhead
+from dpresnet.bench.step import overhead, overhead_text
 from dpresnet.bench.workload import Facts, Workload
 
 PROBES = 24  # of multiply-adds, per round
@@ -88,9 +88,14 @@ def measure(work: Workload, rounds: int) -> Facts:
         taken.append(sample)
     plans = {id(entry): name for name, plan in plans_of(side.model).items() for entry in plan}
     rows = [row(i, launch, plans[id(launch)], taken, probes.cache_bytes) for i, launch in enumerate(launches)]
-    merged = {key: [value for profile in profiles for value in profile[key]] for key in ("wall_s", "kernels_s", "thread_s")}
-    step = overhead({**merged, "launches": profiles[0]["launches"]})
+    step = overhead(merged(profiles))
     return {"device": side.name, "cache_bytes": probes.cache_bytes, **summary(rows, taken, step)}
+
+
+def merged(profiles: list[Facts]) -> Facts:
+    """The samples of several profiles as one."""
+    lists = {key: value for key, value in profiles[0].items() if isinstance(value, list)}
+    return profiles[0] | {key: [value for profile in profiles for value in profile[key]] for key in lists}
 
 
 def plans_of(model: Any) -> dict[str, Any]:
@@ -185,8 +190,7 @@ def report(results: Facts, work: Workload) -> str:
         for k in results["kernels"]])]  # fmt: skip
     step, outside = results["step"], results["outside_convolutions"]
     lines += ["", f"sum of all launches {1e3 * total:.2f} ms, of which lost against the peaks {1e3 * results['lost_s']:.2f} ms",
-              f"a whole step {1e3 * statistics.median(step['wall_s']):.2f} ms: {step['share']:.2%} of it in no kernel "
-              f"({step['launches']} launches); the host thread computes for {step['thread_share']:.2%}"]  # fmt: skip
+              f"a whole step {1e3 * statistics.median(step['wall_s']):.2f} ms: {overhead_text(step)}"]  # fmt: skip
     lines.append(f"outside convolution kernels: {outside['of_sum']:.1%} of the sum, {outside['of_step']:.1%} of a step")
     return "\n".join(lines)
 

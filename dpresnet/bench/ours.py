@@ -19,7 +19,7 @@ from dpresnet.comm import Solo
 from dpresnet.device import Device, choose_device
 from dpresnet.initial import initial_state
 from dpresnet.model import Model, Pixels
-from dpresnet.plan import Launch
+from dpresnet.plan import Exchange, Launch
 from dpresnet.resnet import Options
 from dpresnet.trainer import Hyper, Trainer
 
@@ -96,24 +96,37 @@ class Ours:
         return {"seconds": [end - begin for begin, end in pairwise(clock)], "skipped": skipped}
 
     def overhead(self, steps: int) -> Facts:
-        """Per step: wall time, time in which a kernel ran on the device, and CPU time of this thread, in seconds.
+        """Per step, in seconds: wall time, time in which a kernel ran on the device, time in gaps at exchanges of
+        statistics, and CPU time of this thread.
 
         In an in-order queue no two kernels overlap, so what their spans leave of the wall time is that of launches, of
         Python and of exchanges with the host. On a CPU device this thread takes its own time from the kernels as well;
         that part is in no gap and is why it is listed.
         """
         rows = [self._profiled_step() for _ in range(steps)]
-        return {"wall_s": [r[0] for r in rows], "kernels_s": [r[1] for r in rows], "thread_s": [r[2] for r in rows],
-                "launches": rows[0][3]}  # fmt: skip
+        return {key: [row[key] for row in rows] for key in ("wall_s", "kernels_s", "exchanges_s", "thread_s")} | {
+            "launches": rows[0]["launches"]}  # fmt: skip
 
-    def _profiled_step(self) -> tuple[float, float, float, int]:
+    def _profiled_step(self) -> Facts:
         with self.profiling() as events:
             wall, thread = time.perf_counter(), time.thread_time()
             self.step()
             self.device.finish()
             wall, thread = time.perf_counter() - wall, time.thread_time() - thread
         spans = [span(event) for _, event in events]
-        return wall, covered(spans), thread, len(spans)
+        ids = [id(launch) for launch, _ in events]
+        exchanges = gaps_before(self._after_exchanges(), ids, spans)
+        return {"wall_s": wall, "kernels_s": covered(spans), "exchanges_s": exchanges, "thread_s": thread,
+                "launches": len(spans)}  # fmt: skip
+
+    def _after_exchanges(self) -> set[int]:
+        """Launches that wait for an exchange."""
+        waiting, found = False, set()
+        for entry in self.model.evaluate.plan if self.work.infer else self.model.train.plan:
+            if isinstance(entry, Launch) and waiting:
+                found.add(id(entry))
+            waiting = isinstance(entry, Exchange) or (waiting and not isinstance(entry, Launch))
+        return found
 
     @contextmanager
     def profiling(self, between: Callable[[list], None] | None = None) -> Iterator[list[tuple[Launch, cl.Event]]]:
@@ -146,6 +159,12 @@ class Ours:
 def span(event: cl.Event) -> Span:
     """When a finished command ran."""
     return 1e-9 * event.profile.start, 1e-9 * event.profile.end
+
+
+def gaps_before(chosen: set[int], launches: list[int], spans: list[Span]) -> float:
+    """Seconds between the end of a launch and the begin of the next, added up over the next ones that are chosen."""
+    following = zip(launches[1:], pairwise(spans), strict=True)
+    return sum(max(0.0, begin - end) for launch, ((_, end), (begin, _)) in following if launch in chosen)
 
 
 def covered(spans: list[Span]) -> float:

@@ -174,7 +174,7 @@ def bars(chart: Any, results: Facts) -> None:
     wall, outside = 1e3 * statistics.median(step["wall_s"]), results["outside_convolutions"]
     title = (f"time by kernel: {1e3 * results['sum_s']:.1f} ms in all, a step {wall:.1f} ms;\n"
              f"{outside['of_step']:.0%} of the step outside convolutions, {step['share']:.1%} in no kernel")  # fmt: skip
-    chart.set(xlim=(0, 1.3 * longest), xlabel="ms per step", title=title)
+    chart.set(xlim=(0, 1.4 * longest), xlabel="ms per step", title=title)
     chart.legend(loc="lower right", frameon=False)
 
 

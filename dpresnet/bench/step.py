@@ -46,12 +46,15 @@ def summary(found: Facts, work: Workload) -> Facts:
 
 
 def overhead(profile: Facts) -> Facts:
-    """Adds the share of the wall time in which no kernel ran, and that of the host thread's CPU time, per step."""
+    """Adds shares of the wall time, per step: in which no kernel ran, of that at exchanges, and of the host thread."""
     walls = profile["wall_s"]
     profile["shares"] = [1 - kernels / wall for kernels, wall in zip(profile["kernels_s"], walls, strict=True)]
     profile["share"] = statistics.median(profile["shares"])
-    threads = [thread / wall for thread, wall in zip(profile["thread_s"], walls, strict=True)]
-    return profile | {"thread_share": statistics.median(threads)}
+    parts = {"exchanges": "exchange_share", "thread": "thread_share"}
+    return profile | {
+        name: statistics.median(part / wall for part, wall in zip(profile[f"{key}_s"], walls, strict=True))
+        for key, name in parts.items()
+    }
 
 
 def warnings(found: Facts) -> list[str]:
@@ -82,9 +85,14 @@ def report(results: Facts, work: Workload) -> str:
                      f"median of {len(results['ratios'])} pairs")  # fmt: skip
     if profile := sides["ours"].get("overhead"):
         wall = statistics.median(profile["wall_s"])
-        lines.append(f"launches and Python: {profile['share']:.2%} of a step of {1e3 * wall:.1f} ms in no kernel, "
-                     f"{profile['launches']} launches; the host thread computes for {profile['thread_share']:.2%}")  # fmt: skip
+        lines.append(f"a profiled step {1e3 * wall:.1f} ms: {overhead_text(profile)}")
     return "\n".join([*lines, *(f"WARNING: {line}" for line in results["warnings"])])
+
+
+def overhead_text(profile: Facts) -> str:
+    """One line."""
+    return (f"{profile['share']:.2%} of it in no kernel ({profile['launches']} launches; {profile['exchange_share']:.2%} at "
+            f"exchanges); the host thread computes for {profile['thread_share']:.2%}")  # fmt: skip
 
 
 def pairs_table(results: Facts) -> str:

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from judge import random_walk
 from problems import Case
 
@@ -19,33 +20,35 @@ from dpresnet.bench.workload import Sgd, Workload
 
 TINY = ["--arch", "resnet20", "--image", "8", "--batch", "4"]
 WORK = Workload("resnet20", image=8, batch=4)
-IMAGENET = Workload("resnet18", stem="imagenet", image=32, batch=4)
+IMAGENET = Workload("resnet20", stem="imagenet", image=32, batch=4)
 
 
 @pytest.mark.parametrize("work", [WORK, IMAGENET], ids=str)
 @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
 def test_both_sides_take_the_same_step(work, name):
-    """Loss and the last layer after one step, from the same weights and images; later layers hold all earlier errors."""
+    """The losses of two steps and the last layer after them, from the same weights and images."""
     theirs, sgd = Variant(work, name), Sgd()
     shape = (3, work.image, work.image)
     net = dpresnet.Network(work.arch, num_classes=work.classes, image=shape, batch=work.batch, precision="fp32", stem=work.stem)
     net.load_state_dict({key: value.numpy() for key, value in theirs.net.state_dict().items()})
-    before = theirs.net.fc.bias.detach().numpy().copy()
+    before = theirs.net.fc.weight.detach().numpy().copy()
     images, labels = theirs.images.numpy(), theirs.labels.numpy()
-    loss = net.train_step(images, labels, lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
-    tolerance = random_walk(Case(work.arch, shape, work.batch, options={"stem": work.stem}))
-    assert float(theirs.step()) == pytest.approx(loss, rel=10 * tolerance)  # about ten layers in a row
-    after = theirs.net.fc.bias.detach().numpy()
+    tolerance = 10 * random_walk(Case(work.arch, shape, work.batch, options={"stem": work.stem}))  # some layers in a row
+    for _ in range(2):
+        loss = net.train_step(images, labels, lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+        assert float(theirs.step()) == pytest.approx(loss, rel=tolerance)
+    after = theirs.net.fc.weight.detach().numpy()
     change = np.abs(after - before).max()
-    assert change > 0
-    np.testing.assert_allclose(net.state_dict()["fc.bias"], after, rtol=0, atol=10 * tolerance * change + 2.0**-24)
+    np.testing.assert_allclose(net.state_dict()["fc.weight"], after, rtol=0, atol=tolerance * change)
 
 
 def test_inference_is_that_of_evaluation():
+    """It uses running statistics, which stay as they are: an image's logits do not depend on the others."""
     theirs = Variant(Workload("resnet20", image=8, batch=4, infer=True), "contiguous")
-    first, second = theirs.step(), theirs.step()
-    assert not first.requires_grad
-    assert first.equal(second)  # running statistics, which stay as they are
+    together = theirs.step()
+    theirs.images = theirs.images[:1]
+    assert not together.requires_grad
+    torch.testing.assert_close(theirs.step(), together[:1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_fastest_variant_stays(monkeypatch):
