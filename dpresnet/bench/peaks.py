@@ -13,7 +13,7 @@ CHAIN_ROUNDS = 200_000
 GROUPS_PER_UNIT = 8  # so that units which are late get fewer
 ARRAYS = 3  # of probe_stream
 VECTORS_PER_ITEM = 1024  # of probe_stream on a CPU
-LARGE, SMALL = 6, 0.5  # bytes of all arrays of a stream, in last-level caches
+LARGEST = 6.0  # bytes of all arrays of a stream, in last-level caches
 REPEATS = 5
 UNKNOWN_CACHE = 2**25
 
@@ -35,7 +35,7 @@ class Probes:
         self._fma = cl.Kernel(device.program("probe", VEC=device.vector), "probe_peak")
         self._out = device.arena(4 * 16 * (self._chains + 1))
         self._stream = cl.Kernel(device.program("probe", VEC=device.vector, ITEMS=self._items), "probe_stream")
-        self._arrays = [device.arena(int(LARGE * self.cache_bytes) // ARRAYS) for _ in range(ARRAYS)]
+        self._arrays = [device.arena(int(LARGEST * self.cache_bytes) // ARRAYS) for _ in range(ARRAYS)]
         self.fma()
         device.finish()
 
