@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from dpresnet.nn import Parameter, State
+from dpresnet.state import Parameter, State
 
 
 def initial_state(state: State, seed: int) -> dict[str, np.ndarray]:

@@ -8,10 +8,11 @@ import numpy as np
 
 from dpresnet.device import Device
 from dpresnet.errors import Refused
-from dpresnet.nn import FLOAT, Packed, Parameter, Recorder, State
+from dpresnet.nn import Recorder
 from dpresnet.ops import augment, cast, sgd
 from dpresnet.plan import Plan, Tensor, aligned, insert_ready, place_by_liveness, place_in_order
 from dpresnet.resnet import Options, resnet
+from dpresnet.state import FLOAT, Packed, Parameter, State
 
 SHARED = ("parameter", "momentum", "buffer", "packed", "update")  # homes that the replicas of a process have in common
 PRIVATE = ("work", "gradient", "statistic", "io")

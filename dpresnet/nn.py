@@ -3,6 +3,8 @@ behind how to go backward.
 
     x = net.conv("conv1", x, 64, kernel=3)
     x = net.relu(net.norm("bn1", x))
+
+What a normalisation, an addition or ReLU returns is pending: the first layer that has to read it stores it, in one launch.
 """
 
 from __future__ import annotations
@@ -13,84 +15,66 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpresnet.device import BLOCK, Device
-from dpresnet.ops import batchnorm, conv, linear, loss, pool, relu, residual, shortcut
+from dpresnet.ops import batchnorm, conv, linear, loss, pool, residual, shortcut
+from dpresnet.ops.batchnorm import Affine
 from dpresnet.plan import CONTROL, Exchange, Plan, Tensor, blocks_of
-
-FLOAT = np.dtype(np.float32)
+from dpresnet.state import FLOAT, Parameter, State
 
 
 @dataclass(eq=False)
-class Parameter:
-    """A trained array: its logical shape, how it is initialised, and where value, gradient and momentum lie."""
+class Norm:
+    """A normalisation whose statistics are known, and which is applied together with what follows it."""
 
     name: str
-    shape: tuple[int, ...]
-    init: str  # "kaiming", "uniform" (bound 1 / sqrt(fan in)), "ones" or "zeros"
-    value: Tensor
-    grad: Tensor
-    momentum: Tensor
-    fan_in: int = 0
+    affine: Affine
+    weight: Parameter
+    bias: Parameter
+    applied: bool = False
 
     @property
-    def size(self) -> int:
-        """Number of trained values."""
-        return int(np.prod(self.shape))
+    def x(self) -> Tensor:
+        """What is normalised."""
+        return self.affine.x
+
+    def statistic(self, part: str) -> Tensor:
+        """An array [2, C] that the replicas agree on."""
+        return Tensor(f"{self.name}.{part}", self.affine.moments.shape, FLOAT, "statistic")
 
 
 @dataclass(eq=False)
-class Buffer:
-    """A running statistic [channels]."""
+class Pending:
+    """An activation that nothing computes yet: the sum of one or two branches, rectified if ``relu``.
 
-    name: str
-    channels: int
-    value: Tensor
-
-
-@dataclass(eq=False)
-class Packed:
-    """A working copy of a parameter in the order its kernels read."""
-
-    tensor: Tensor
-    record: Callable[[Plan], None]
-
-
-def flat(name: str, size: int, home: str) -> Tensor:
-    """An fp32 array padded to whole channel blocks, so that vectors may touch its last lanes."""
-    return Tensor(name, (blocks_of(size) * BLOCK,), FLOAT, home)
-
-
-class State:
-    """Parameters, running statistics and working copies by name, in the order of their declaration.
-
-    Training and evaluation record the same network twice; both find the same arrays here.
+    Branches that are to be normalised come first. `Recorder.memory` stores it, once.
     """
 
-    def __init__(self) -> None:
-        self.parameters: dict[str, Parameter] = {}
-        self.buffers: dict[str, Buffer] = {}
-        self.packed: dict[str, Packed] = {}
+    branches: tuple[Norm | Tensor, ...]
+    relu: bool = False
+    stored: Tensor | None = None
 
-    def parameter(self, name: str, shape: tuple[int, ...], init: str, fan_in: int = 0) -> Parameter:
-        """The parameter of this name; declared on first use."""
-        if name not in self.parameters:
-            size = int(np.prod(shape))
-            homes = [flat(f"{name}{suffix}", size, home) for suffix, home in
-                     (("", "parameter"), (".grad", "gradient"), (".momentum", "momentum"))]  # fmt: skip
-            self.parameters[name] = Parameter(name, shape, init, *homes, fan_in)
-        return self.parameters[name]
+    @property
+    def name(self) -> str:
+        """The name of the first branch."""
+        return self.branches[0].name
 
-    def buffer(self, name: str, channels: int) -> Buffer:
-        """The running statistic of this name; declared on first use."""
-        if name not in self.buffers:
-            self.buffers[name] = Buffer(name, channels, flat(name, channels, "buffer"))
-        return self.buffers[name]
+    @property
+    def source(self) -> Tensor:
+        """A tensor of the same shape."""
+        first = self.branches[0]
+        return first.x if isinstance(first, Norm) else first
 
-    def working_copy(self, name: str, shape: tuple[int, ...], record: Callable[[Plan, Tensor], None]) -> Tensor:
-        """A packed copy of a parameter, refreshed by ``record``; declared on first use."""
-        if name not in self.packed:
-            tensor = Tensor(name, shape, FLOAT, "packed")
-            self.packed[name] = Packed(tensor, lambda plan: record(plan, tensor))
-        return self.packed[name].tensor
+    @property
+    def norms(self) -> list[Norm]:
+        """The branches that are to be normalised."""
+        return [branch for branch in self.branches if isinstance(branch, Norm)]
+
+    @property
+    def channels(self) -> int:
+        """Logical number of channels."""
+        return self.source.channels
+
+
+Value = Tensor | Pending
 
 
 class Recorder:
@@ -104,7 +88,7 @@ class Recorder:
         self.plan = Plan(device, precision)
         self.control = Tensor("control", (1,), CONTROL, "io")
         self.tape: list[Callable[[], None]] = []
-        self.gradients: dict[Tensor, Tensor] = {}
+        self.gradients: dict[Tensor, list[Tensor]] = {}  # the terms of each, see `terms`
         self._names: dict[str, int] = {}
 
     def unique(self, kind: str) -> str:
@@ -118,21 +102,35 @@ class Recorder:
         tensor.home = "io"
         return tensor
 
-    # Gradients of activations. A tensor used twice gets its gradients added, in the order of the tape.
+    # Gradients of activations. A tensor used several times has one term per use, in the order of the tape.
 
     def give(self, x: Tensor, record: Callable[[Tensor], None]) -> None:
-        """Records the launch that computes a gradient of ``x`` into a fresh tensor, and adds it to what ``x`` has."""
-        fresh = Tensor(f"{x.name}.grad", x.shape, x.dtype, channels=x.channels)
+        """Records the launch that computes a gradient of ``x`` into a fresh tensor: one more term of what ``x`` gets."""
+        fresh = self.like(x, f"{x.name}.grad")
         record(fresh)
-        self.accumulate(x, fresh)
+        self.add_term(x, fresh)
 
-    def accumulate(self, x: Tensor, gradient: Tensor) -> None:
-        """Adds a gradient to what ``x`` has already."""
-        if x in self.gradients:
-            total = Tensor(f"{x.name}.grad.sum", x.shape, x.dtype, channels=x.channels)
-            residual.add(self.plan, total.name, self.gradients[x], gradient, total)
-            gradient = total
-        self.gradients[x] = gradient
+    def add_term(self, x: Tensor, gradient: Tensor) -> None:
+        """One more term of the gradient of ``x``."""
+        self.gradients.setdefault(x, []).append(gradient)
+
+    def terms(self, x: Tensor, most: int) -> list[Tensor]:
+        """The gradient of ``x`` as a sum of at most ``most`` tensors; what is too many is added up here."""
+        terms = self.gradients.pop(x)
+        while len(terms) > most:
+            total = self.like(x, f"{x.name}.grad.sum")
+            residual.add(self.plan, total.name, terms[0], terms[1], total)
+            terms = [total, *terms[2:]]
+        return terms
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """The gradient of ``x`` as one tensor."""
+        return self.terms(x, 1)[0]
+
+    @staticmethod
+    def like(x: Tensor, name: str) -> Tensor:
+        """An intermediate of the same shape."""
+        return Tensor(name, x.shape, x.dtype, channels=x.channels)
 
     def backward(self) -> None:
         """Records the backward pass of everything recorded so far."""
@@ -141,10 +139,10 @@ class Recorder:
 
     # Layers
 
-    def conv(self, name: str, x: Tensor, channels: int, kernel: int, stride: int = 1, padding: int | None = None,
+    def conv(self, name: str, x: Value, channels: int, kernel: int, stride: int = 1, padding: int | None = None,
              groups: int = 1, zero: bool = False) -> Tensor:  # fmt: skip
         """Convolution without bias; ``padding`` defaults to half the kernel; ``zero`` initialises the weights with zeros."""
-        padding = kernel // 2 if padding is None else padding
+        x, padding = self.memory(x), kernel // 2 if padding is None else padding
         shape = conv.conv_for(self.plan, x, channels, kernel, stride, padding, groups)
         weight = self.state.parameter(
             f"{name}.weight", (channels, x.channels // groups, kernel, kernel), "zeros" if zero else "kaiming"
@@ -161,7 +159,7 @@ class Recorder:
         conv.forward(self.plan, name, shape, x, working_copy(False), y)
 
         def backward() -> None:
-            dy = self.gradients.pop(y)
+            dy = self.gradient(y)
             conv.backward_weight(self.plan, weight.grad.name, shape, x, dy, weight.grad)
             if x.home == "work":  # images from the host need no gradient
                 packed = working_copy(True)
@@ -170,104 +168,136 @@ class Recorder:
         self.tape.append(backward)
         return y
 
-    def norm(self, name: str, x: Tensor, zero: bool = False) -> Tensor:
+    def norm(self, name: str, x: Value, zero: bool = False) -> Pending:
         """Batch normalisation; ``zero`` initialises the weight with zeros instead of ones."""
+        x = self.memory(x)
         weight = self.state.parameter(f"{name}.weight", (x.channels,), "zeros" if zero else "ones")
         bias = self.state.parameter(f"{name}.bias", (x.channels,), "zeros")
         mean = self.state.buffer(f"{name}.running_mean", x.channels)
         var = self.state.buffer(f"{name}.running_var", x.channels)
-        y = self.plan.image(name, x.images, x.channels, x.height, x.width)
-        if not self.train:
-            batchnorm.inference(self.plan, name, x, y, mean.value, var.value, weight.value, bias.value)
-            return y
-        pair, pixels = (2, x.blocks * BLOCK), x.height * x.width
-        merged, moments, sums, means = (
-            Tensor(f"{name}.{part}", pair, FLOAT, "statistic") for part in ("merged", "moments", "sums", "means")
-        )
-        batchnorm.statistics(self.plan, name, x, merged, self.control)
-        self.plan.entries.append(Exchange(name, "statistics", merged, moments, pixels))
-        batchnorm.apply(self.plan, name, x, y, moments, weight.value, bias.value)
+        moments = Tensor(f"{name}.moments", (2, x.blocks * BLOCK), FLOAT, "statistic" if self.train else "work")
+        norm = Norm(name, Affine(x, moments, weight.value, bias.value), weight, bias)
+        if self.train:
+            merged = norm.statistic("merged")
+            batchnorm.statistics(self.plan, name, x, merged, self.control)
+            self.plan.entries.append(Exchange(name, "statistics", merged, moments, x.height * x.width))
+        else:
+            batchnorm.running(self.plan, f"{name}.running", x, mean.value, var.value, moments)
+        return Pending((norm,))
 
-        def backward() -> None:
-            dy = self.gradients.pop(y)
-            batchnorm.backward_reduce(self.plan, f"{name}.dx", dy, x, moments, sums, bias.grad, weight.grad)
-            self.plan.entries.append(Exchange(name, "sums", sums, means, pixels))
-            self.give(x, lambda dx: batchnorm.backward(
-                self.plan, f"{name}.dx", dy, x, dx, moments, means, weight.value, self.control))  # fmt: skip
+    def relu(self, x: Pending) -> Pending:
+        """max(x, 0) of an activation that is still pending and has a normalisation in it."""
+        if not isinstance(x, Pending) or x.stored or not x.norms:
+            raise ValueError(f"relu of {x.name}: only what a norm returns, or a sum with it, is rectified while it is pending")
+        return Pending(x.branches, relu=True)
 
-        self.tape.append(backward)
-        return y
-
-    def relu(self, x: Tensor) -> Tensor:
-        """max(x, 0)."""
-        name = f"{x.name}.relu"
-        y = self.plan.image(name, x.images, x.channels, x.height, x.width)
-        relu.forward(self.plan, name, x, y)
-
-        def backward() -> None:
-            dy = self.gradients.pop(y)
-            self.give(x, lambda dx: relu.backward(self.plan, f"{name}.dx", dy, y, dx))
-
-        self.tape.append(backward)
-        return y
-
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
+    def add(self, a: Value, b: Value) -> Pending:
         """a + b; both get the gradient of the sum."""
-        name = self.unique("add")
-        y = self.plan.image(name, a.images, a.channels, a.height, a.width)
-        residual.add(self.plan, name, a, b, y)
+        branches = [self.branch(a), self.branch(b)]
+        return Pending(tuple(sorted(branches, key=lambda branch: isinstance(branch, Tensor))))
+
+    def branch(self, x: Value) -> Norm | Tensor:
+        """A value as part of a sum: a normalisation that is not stored yet can be done there."""
+        absorbed = isinstance(x, Pending) and not x.stored and not x.relu and len(x.branches) == 1
+        return x.branches[0] if absorbed else self.memory(x)
+
+    def memory(self, x: Value) -> Tensor:
+        """The tensor of a value; computes a pending one where it is needed first."""
+        if isinstance(x, Tensor):
+            return x
+        if not x.stored:
+            x.stored = self.normalised(x) if x.norms else self.summed(x)
+        return x.stored
+
+    def summed(self, x: Pending) -> Tensor:
+        """Stores the sum of two tensors."""
+        z = self.like(x.source, self.unique("add"))
+        residual.add(self.plan, z.name, *x.branches, z)
 
         def backward() -> None:
-            dy = self.gradients.pop(y)
-            self.accumulate(a, dy)
-            self.accumulate(b, dy)
+            dz = self.gradient(z)
+            for branch in x.branches:
+                self.add_term(branch, dz)
 
         self.tape.append(backward)
-        return y
+        return z
 
-    def subsample(self, x: Tensor, channels: int, stride: int) -> Tensor:
+    def normalised(self, x: Pending) -> Tensor:
+        """Stores one normalisation and what follows it, in one launch."""
+        norms = x.norms
+        for norm in norms:
+            if norm.applied:
+                raise ValueError(f"{norm.name} is used twice, with and without what follows it: normalise twice instead")
+            norm.applied = True
+        z = self.like(x.source, x.name)
+        affines = [norm.affine for norm in norms]
+        plain = [branch for branch in x.branches if isinstance(branch, Tensor)]
+        batchnorm.apply(self.plan, z.name, affines[0], *([*affines[1:], *plain] or [None]), x.relu, z)
+        self.tape.append(lambda: self.normalised_backward(z, norms, plain, x.relu))
+        return z
+
+    def normalised_backward(self, z: Tensor, norms: list[Norm], plain: list[Tensor], relu: bool) -> None:
+        """Gradients of everything that `normalised` put together."""
+        terms, affines, joined = self.terms(z, 2), [norm.affine for norm in norms], len(norms) + len(plain) == 2
+        g = self.like(z, f"{z.name}.dz") if joined else None
+        sums, means = ([norm.statistic(part) for norm in norms] for part in ("sums", "means"))
+        partials = [Tensor(f"{total.name}.partial", (z.images, *total.shape), FLOAT) for total in sums]
+        batchnorm.backward_reduce(self.plan, f"{z.name}.dx.reduce", terms, affines, relu, partials, z if joined else None, g)
+        for norm, partial, total, mean in zip(norms, partials, sums, means, strict=True):
+            batchnorm.add_images(self.plan, f"{norm.name}.dx.sum", partial, total, norm.bias.grad, norm.weight.grad)
+            self.plan.entries.append(Exchange(norm.name, "sums", total, mean, z.height * z.width))
+        dxs = [self.like(norm.x, f"{norm.x.name}.grad") for norm in norms]
+        terms, relu = ([g], False) if joined else (terms, relu)
+        batchnorm.backward(self.plan, f"{z.name}.dx", terms, affines, relu, means, self.control, dxs)
+        for norm, dx in zip(norms, dxs, strict=True):
+            self.add_term(norm.x, dx)
+        for tensor in plain:
+            self.add_term(tensor, g)
+
+    def subsample(self, x: Value, channels: int, stride: int) -> Tensor:
         """The shortcut without parameters: every stride-th pixel, zeros for new channels."""
-        name = self.unique("shortcut")
+        name, x = self.unique("shortcut"), self.memory(x)
         y = self.plan.image(name, x.images, channels, -(-x.height // stride), -(-x.width // stride))
         shortcut.forward(self.plan, name, x, y, stride)
 
         def backward() -> None:
-            dy = self.gradients.pop(y)
+            dy = self.gradient(y)
             self.give(x, lambda dx: shortcut.backward(self.plan, f"{name}.dx", dy, dx, stride))
 
         self.tape.append(backward)
         return y
 
-    def max_pool(self, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    def max_pool(self, x: Value, kernel: int, stride: int, padding: int) -> Tensor:
         """Maxima of square windows."""
-        name = self.unique("max_pool")
+        name, x = self.unique("max_pool"), self.memory(x)
         height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (x.height, x.width))
         y = self.plan.image(name, x.images, x.channels, height, width)
         index = Tensor(f"{name}.index", y.shape, np.dtype(np.uint8))
         pool.max_forward(self.plan, name, x, y, index, kernel, stride, padding)
 
         def backward() -> None:
-            dy = self.gradients.pop(y)
+            dy = self.gradient(y)
             self.give(x, lambda dx: pool.max_backward(self.plan, f"{name}.dx", dy, index, dx, kernel, stride, padding))
 
         self.tape.append(backward)
         return y
 
-    def average_pool(self, x: Tensor) -> Tensor:
+    def average_pool(self, x: Value) -> Tensor:
         """Mean over all pixels: [N, C, 1, 1]."""
-        name = self.unique("average_pool")
+        name, x = self.unique("average_pool"), self.memory(x)
         y = self.plan.image(name, x.images, x.channels, 1, 1)
         pool.average_forward(self.plan, name, x, y)
 
         def backward() -> None:
-            dy = self.gradients.pop(y)
+            dy = self.gradient(y)
             self.give(x, lambda dx: pool.average_backward(self.plan, f"{name}.dx", dy, dx))
 
         self.tape.append(backward)
         return y
 
-    def linear(self, name: str, x: Tensor, outputs: int) -> Tensor:
+    def linear(self, name: str, x: Value, outputs: int) -> Tensor:
         """The classifier on pooled features; returns fp32 logits [N, padded outputs]."""
+        x = self.memory(x)
         weight = self.state.parameter(f"{name}.weight", (outputs, x.channels), "uniform", x.channels)
         bias = self.state.parameter(f"{name}.bias", (outputs,), "uniform", x.channels)
         packed = self.state.working_copy(
@@ -278,7 +308,7 @@ class Recorder:
         linear.forward(self.plan, name, x, packed, bias.value, y)
 
         def backward() -> None:
-            dy = self.gradients.pop(y)
+            dy = self.gradient(y)
             linear.backward_weight(self.plan, weight.grad.name, dy, x, weight.grad, bias.grad, outputs)
             self.give(x, lambda dx: linear.backward_data(self.plan, f"{name}.dx", dy, packed, dx))
 
@@ -291,5 +321,5 @@ class Recorder:
         losses, correct = (Tensor(name, (self.images,), FLOAT, "io") for name in ("loss", "correct"))
         gradient = Tensor("logits.grad", logits.shape, FLOAT)
         loss.softmax(self.plan, "loss", logits, labels, losses, correct, gradient, self.control, logits.channels, smoothing)
-        self.gradients[logits] = gradient
+        self.gradients[logits] = [gradient]
         return labels, losses, correct

@@ -117,7 +117,7 @@ class Launch:
     def __str__(self) -> str:
         out = ", ".join(f"{t.name} {list(t.shape)} {t.dtype} {t.nbytes / 1024:.1f} KiB" for t in self.writes)
         work = f"  {self.flops / 1e6:.1f} MFLOP" if self.flops else ""
-        return f"{self.name:32s} {self.stem}_{self.verb:18s} -> {out}{work}"
+        return f"{self.name:32s} {self.stem + '_' + self.verb:26s} -> {out}{work}"
 
 
 @dataclass(eq=False)

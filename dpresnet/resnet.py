@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpresnet.errors import Refused
-from dpresnet.nn import Recorder
+from dpresnet.nn import Recorder, Value
 from dpresnet.plan import Tensor
 
 
@@ -107,7 +107,7 @@ class Builder:
     options: Options
     shortcut: str
 
-    def stem(self, x: Tensor) -> Tensor:
+    def stem(self, x: Tensor) -> Value:
         """From the image to the first stage."""
         net, width, deep = self.net, self.family.width, self.options.stem == "deep"
         large = self.options.stem != "cifar"
@@ -121,7 +121,7 @@ class Builder:
             x = net.relu(net.norm("bn1", x))
         return net.max_pool(x, 3, stride=2, padding=1) if large else x
 
-    def block(self, name: str, x: Tensor, width: int, stride: int) -> Tensor:
+    def block(self, name: str, x: Value, width: int, stride: int) -> Value:
         """One residual block; ``width`` is that of its stage."""
         channels = width * (4 if self.family.bottleneck else 1)
         body = self.pre_activation if self.options.block == "v2" else self.post_activation
@@ -135,7 +135,7 @@ class Builder:
         first, second = (stride, 1) if self.options.block == "v1" else (1, stride)
         return [(inner, 1, first, 1), (inner, 3, second, self.family.groups), (channels, 1, 1, 1)]
 
-    def post_activation(self, name: str, x: Tensor, width: int, channels: int, stride: int) -> Tensor:
+    def post_activation(self, name: str, x: Value, width: int, channels: int, stride: int) -> Value:
         """conv - norm - relu ..., the last relu after the addition (v1 and v1.5)."""
         net, convolutions = self.net, self.convolutions(width, channels, stride)
         y = x
@@ -152,7 +152,7 @@ class Builder:
             x = net.subsample(x, channels, stride)
         return net.relu(net.add(y, x))
 
-    def pre_activation(self, name: str, x: Tensor, width: int, channels: int, stride: int) -> Tensor:
+    def pre_activation(self, name: str, x: Value, width: int, channels: int, stride: int) -> Value:
         """norm - relu - conv ..., nothing after the addition (v2).
 
         A shortcut that changes the shape takes the activated input (He et al. 2016, appendix), the identity the raw one.
@@ -171,7 +171,7 @@ class Builder:
             x = net.subsample(activated, channels, stride)
         return net.add(y, x)
 
-    def projects(self, x: Tensor, channels: int, stride: int) -> bool:
+    def projects(self, x: Value, channels: int, stride: int) -> bool:
         """Whether the shortcut of a block has weights."""
         changes = x.channels != channels or stride != 1
         return self.shortcut == "C" or (self.shortcut == "B" and changes)

@@ -1,5 +1,6 @@
 """The networks without PyTorch: sizes known from the papers and from torchvision, names, options, memory."""
 
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -46,8 +47,9 @@ def test_command_line_offers_exactly_the_architectures():
 def test_plain_network_is_the_residual_one_without_shortcuts(device):
     residual, plain = (model(device, arch, stem="cifar") for arch in ("resnet20", "plain20"))
     assert {p.name: p.shape for p in residual.parameters} == {p.name: p.shape for p in plain.parameters}
+    joins = [Counter(e.defines for e in net.evaluate.plan if e.verb == "apply") for net in (residual, plain)]
+    assert [sum(n for defines, n in counts.items() if dict(defines)["RESIDUAL"]) for counts in joins] == [9, 0]
     stems = [[entry.stem for entry in net.evaluate.plan] for net in (residual, plain)]
-    assert [names.count("residual") for names in stems] == [9, 0]
     assert [names.count("shortcut") for names in stems] == [2, 0]
 
 

@@ -1,51 +1,119 @@
-"""Batch normalisation: kernels/batchnorm.cl appended to a plan. The mathematics is `reference.batchnorm_*`."""
+"""Batch normalisation, with the residual addition and ReLU that follow it: kernels/batchnorm.cl appended to a plan.
+
+The mathematics is `reference.batchnorm_*`, `reference.residual_add` and `reference.relu_*`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
+from dpresnet.device import BLOCK
 from dpresnet.plan import Plan, Tensor
 
 EPS = 1e-5
 
+LEAST_ITEMS = 64  # work-items of a large tensor, so that no compute unit waits long for the others at the end
+LEAST_PIXELS, MOST_PIXELS = 64, 1024  # of one channel block, for one work-item: less does not pay for starting it
 
-def pixels(x: Tensor) -> np.int32:
-    """Pixels of one image."""
-    return np.int32(x.height * x.width)
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """What normalises ``x`` [N, C, H, W]: moments [2, C] = mean and 1 / deviation, weight [C] and bias [C]."""
+
+    x: Tensor
+    moments: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def columns(plan: Plan, x: Tensor) -> int:
+    """Work-items side by side over the channels: one per block, on GPUs one per lane."""
+    return x.blocks * (BLOCK if plan.device.vector == 1 else 1)
+
+
+def shares(plan: Plan, x: Tensor) -> tuple[int, int]:
+    """(images, pixels) that one work-item handles: parts of large images, or several small ones."""
+    pixels = x.height * x.width
+    if plan.device.vector == 1:
+        return 1, min(pixels, LEAST_PIXELS)
+    want = max(LEAST_PIXELS, min(MOST_PIXELS, x.size // BLOCK // LEAST_ITEMS))
+    parts = -(-pixels // want)
+    return max(1, min(x.images, want // pixels)), -(-pixels // parts)
+
+
+def launch(plan: Plan, name: str, verb: str, x: Tensor, args: list, writes: list[Tensor], whole: bool = False,
+           **defines: int) -> None:  # fmt: skip
+    """Appends a launch over an image tensor; with ``whole`` a work-item takes whole images, because it adds them up."""
+    group, span = shares(plan, x)
+    pixels = x.height * x.width
+    size = (columns(plan, x), -(-x.images // group)) + (() if whole else (-(-pixels // span),))
+    sizes = [np.int32(v) for v in (x.images, pixels, group, *([] if whole else [span]))]
+    plan.launch(name, f"batchnorm_{verb}", size, [*args, *sizes], writes, **defines)
 
 
 def statistics(plan: Plan, name: str, x: Tensor, merged: Tensor, control: Tensor) -> None:
     """merged [2, C] = mean and M2 over the valid images of this replica; per image first, then merged in order."""
     partial = Tensor(f"{name}.partial", (x.images, *merged.shape), merged.dtype)
-    plan.launch(f"{name}.statistics", "batchnorm_statistics", (x.blocks, x.images), [x, partial, pixels(x)], [partial])
-    args = [partial, merged, control, pixels(x)]
-    plan.launch(f"{name}.merge", "batchnorm_merge", (x.blocks,), args, [merged])
+    launch(plan, f"{name}.statistics", "statistics", x, [x, partial], [partial], whole=True)
+    args = [partial, merged, control, np.int32(x.height * x.width)]
+    plan.launch(f"{name}.merge", "batchnorm_merge", (columns(plan, x),), args, [merged])
 
 
-def apply(plan: Plan, name: str, x: Tensor, y: Tensor, moments: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """y = (x - mean) / deviation * weight + bias with moments [2, C] = mean, 1 / deviation."""
-    args = [x, y, moments, weight, bias, pixels(x)]
-    plan.launch(name, "batchnorm_apply", (x.blocks, x.images), args, [y])
+def running(plan: Plan, name: str, x: Tensor, mean: Tensor, var: Tensor, moments: Tensor) -> None:
+    """moments [2, C] of ``x`` from the running statistics [C]."""
+    args = [mean, var, moments, np.float32(EPS)]
+    plan.launch(name, "batchnorm_running", (columns(plan, x),), args, [moments])
 
 
-def inference(plan: Plan, name: str, x: Tensor, y: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """The same with running statistics [C]."""
-    args = [x, y, mean, var, weight, bias, pixels(x), np.float32(EPS)]
-    plan.launch(name, "batchnorm_inference", (x.blocks, x.images), args, [y])
+def apply(plan: Plan, name: str, first: Affine, residual: Affine | Tensor | None, relu: bool, z: Tensor) -> None:
+    """z = ``first`` normalised, plus ``residual`` (a tensor, or another one normalised), rectified if ``relu``."""
+    added, kind = [], 0
+    if isinstance(residual, Affine):
+        added, kind = [residual.x, residual.moments, residual.weight, residual.bias], 2
+    elif residual is not None:
+        added, kind = [residual], 1
+    args = [first.x, first.moments, first.weight, first.bias, *added, z]
+    launch(plan, name, "apply", z, args, [z], RELU=int(relu), RESIDUAL=kind)
 
 
-def backward_reduce(plan: Plan, name: str, dy: Tensor, x: Tensor, moments: Tensor, sums: Tensor, dbias: Tensor,
-                    dweight: Tensor) -> None:  # fmt: skip
-    """sums [2, C] = sum(dy), sum(dy * normalised x) over this replica; they are also the gradients of bias and weight."""
-    partial = Tensor(f"{name}.partial", (x.images, *sums.shape), sums.dtype)
-    args = [dy, x, moments, partial, pixels(x)]
-    plan.launch(f"{name}.reduce", "batchnorm_backward_reduce", (x.blocks, x.images), args, [partial])
-    args = [partial, sums, dbias, dweight, np.int32(x.images)]
-    plan.launch(f"{name}.sum", "batchnorm_sum", (x.blocks,), args, [sums, dbias, dweight])
+def backward_reduce(plan: Plan, name: str, terms: Sequence[Tensor], affines: Sequence[Affine], relu: bool,
+                    partials: Sequence[Tensor], z: Tensor | None = None, g: Tensor | None = None) -> None:  # fmt: skip
+    """partials [N, 2, C] = sum(g), sum(g * normalised x) per image, for each of one or two branches.
+
+    g is the sum of one or two ``terms`` of the gradient of z, where z is positive if ``relu``. After a residual addition
+    ``z`` and ``g`` (which is written) are given; otherwise the sign of z is computed again.
+    """
+    first, kind = affines[0], 0 if g is None else len(affines)
+    args, writes = [*terms, first.x, first.moments], [*partials]
+    if relu:
+        args += [first.weight, first.bias] if g is None else [z]
+    if g is not None:
+        args, writes = [*args, g], [*writes, g]
+    for other, partial in zip(affines[1:], partials[1:], strict=True):
+        args += [other.x, other.moments, partial]
+    launch(plan, name, "backward_reduce", first.x, [*args, partials[0]], writes, whole=True,
+           TERMS=len(terms), RELU=int(relu), RESIDUAL=kind)  # fmt: skip
 
 
-def backward(plan: Plan, name: str, dy: Tensor, x: Tensor, dx: Tensor, moments: Tensor, means: Tensor, weight: Tensor,
-             control: Tensor) -> None:  # fmt: skip
-    """dx from the sums divided by the number of values over all replicas."""
-    args = [dy, x, dx, moments, means, weight, control, pixels(x)]
-    plan.launch(name, "batchnorm_backward", (x.blocks, x.images), args, [dx])
+def add_images(plan: Plan, name: str, partial: Tensor, sums: Tensor, dbias: Tensor, dweight: Tensor) -> None:
+    """sums [2, C] = partial [N, 2, C] added over the images; they are also the gradients of bias and weight."""
+    args = [partial, sums, dbias, dweight, np.int32(partial.shape[0])]
+    items = sums.shape[1] // (1 if plan.device.vector == 1 else BLOCK)
+    plan.launch(name, "batchnorm_sum", (items,), args, [sums, dbias, dweight])
+
+
+def backward(plan: Plan, name: str, terms: Sequence[Tensor], affines: Sequence[Affine], relu: bool, means: Sequence[Tensor],
+             control: Tensor, dxs: Sequence[Tensor]) -> None:  # fmt: skip
+    """dx of each branch from ``means`` [2, C], the sums divided by the number of values over all replicas.
+
+    After a residual addition the only term is the g of `backward_reduce`, without ReLU; two branches are possible then only.
+    """
+    first = affines[0]
+    args = [*terms, first.x, dxs[0], first.moments, means[0], first.weight, *([first.bias] if relu else [])]
+    for other, mean, dr in zip(affines[1:], means[1:], dxs[1:], strict=True):
+        args += [other.x, dr, other.moments, mean, other.weight]
+    launch(plan, name, "backward", first.x, [*args, control], [*dxs],
+           TERMS=len(terms), RELU=int(relu), RESIDUAL=2 if len(affines) == 2 else 0)  # fmt: skip

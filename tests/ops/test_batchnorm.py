@@ -1,16 +1,52 @@
-"""Batch normalisation: statistics, application and gradient, with short batches and with means far from zero."""
+"""Batch normalisation with what follows it: statistics, application and gradient, each with and without a second branch and
+ReLU, with short batches and with means far from zero.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from harness import EPS32, Bench, each_mode, tolerance
 
 from dpresnet import reference
+from dpresnet.device import BLOCK
 from dpresnet.ops import batchnorm as ops
-from dpresnet.plan import Tensor
+from dpresnet.plan import Tensor, blocks_of
 
-SHAPES = [(5, 20, 6, 7), (3, 16, 1, 1), (2, 1, 9, 4), (4, 33, 3, 2)]
+SHAPES = [
+    (5, 20, 6, 7),
+    (70, 16, 1, 1),  # a work-item takes 64 images
+    (7, 17, 5, 5),  # a work-item takes 2
+    (2, 5, 80, 50),  # an image is cut in parts of 125 pixels
+    (3, 1, 9, 8),
+]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 each_valid = pytest.mark.parametrize("valid", [0, 1, 2])
+each_relu = pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+each_residual = pytest.mark.parametrize("residual", [0, 1, 2], ids=["alone", "plus tensor", "plus norm"])
+each_number_of_terms = pytest.mark.parametrize("count", [1, 2], ids=["one term", "two terms"])
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A normalisation in numbers."""
+
+    x: np.ndarray
+    moments: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+
+    @classmethod
+    def draw(cls, bench: Bench, shape: tuple[int, ...]) -> "Branch":
+        x = bench.draw(*shape, mean=0.5)
+        return cls(x, moments_of(x), bench.draw(shape[1]), bench.draw(shape[1]))
+
+    def on(self, bench: Bench) -> ops.Affine:
+        return ops.Affine(bench.image(self.x), *(bench.rows(a) for a in (self.moments, self.weight, self.bias)))
+
+    @property
+    def y(self) -> np.ndarray:
+        return reference.batchnorm_apply(self.x, self.moments[0], self.moments[1] ** -2, self.weight, self.bias, eps=0)
 
 
 def moments_of(x: np.ndarray) -> np.ndarray:
@@ -64,58 +100,130 @@ def test_variance_survives_a_mean_a_thousand_deviations_away(mode):
 
 @each_mode
 @each_shape
-def test_apply(mode, shape):
+@each_relu
+@each_residual
+def test_apply(mode, shape, relu, residual):
     bench = Bench(mode)
-    x, weight, bias = bench.draw(*shape, mean=0.5), bench.draw(shape[1]), bench.draw(shape[1])
-    moments, y = moments_of(x), bench.out_image(shape)
-    ops.apply(bench.plan, "bn", bench.image(x), y, *(bench.rows(a) for a in (moments, weight, bias)))
+    first, z = Branch.draw(bench, shape), bench.out_image(shape)
+    expected, second = first.y, None
+    if residual == 1:
+        r = bench.draw(*shape)
+        expected, second = reference.residual_add(expected, r), bench.image(r)
+    elif residual == 2:
+        other = Branch.draw(bench, shape)
+        expected, second = reference.residual_add(expected, other.y), other.on(bench)
+    ops.apply(bench.plan, "bn", first.on(bench), second, relu, z)
     bench.run()
-    bench.assert_close(y, reference.batchnorm_apply(x, moments[0], moments[1] ** -2, weight, bias, eps=0), length=4)
+    bench.assert_close(z, reference.relu_forward(expected) if relu else expected, length=8)
+
+
+@each_mode
+@each_residual
+def test_bad_values_stay_visible(mode, residual):
+    """ReLU must not turn NaN into 0."""
+    bench = Bench(mode)
+    bad = np.array([np.nan, np.inf, -np.inf, -0.0, 1.0]).reshape(1, 5, 1, 1)
+    ones, zeros, z = np.ones(5), np.zeros(5), bench.out_image(bad.shape)
+    good, worse = (Branch(x, np.stack([zeros, ones]), ones, zeros) for x in (0 * ones.reshape(bad.shape), bad))
+    second = [None, bench.image(bad), worse.on(bench)][residual]
+    ops.apply(bench.plan, "bn", (good if residual else worse).on(bench), second, True, z)
+    bench.run()
+    bench.assert_exact(z, np.array([np.nan, np.inf, 0.0, 0.0, 1.0]).reshape(bad.shape))
 
 
 @each_mode
 @each_shape
-def test_inference(mode, shape):
+def test_running(mode, shape):
     bench = Bench(mode)
     x, mean, weight, bias = (bench.draw(*s) for s in (shape, *[shape[1:2]] * 3))
-    var, y = np.abs(bench.draw(shape[1])), bench.out_image(shape)
+    var, z = np.abs(bench.draw(shape[1])), bench.out_image(shape)
     var[0] = 0  # only eps is left
-    ops.inference(bench.plan, "bn", bench.image(x), y, *(bench.rows(a) for a in (mean, var, weight, bias)))
+    source, moments = bench.image(x), bench.scratch((2, blocks_of(shape[1]) * BLOCK))
+    ops.running(bench.plan, "bn.running", source, bench.rows(mean), bench.rows(var), moments)
+    ops.apply(bench.plan, "bn", ops.Affine(source, moments, bench.rows(weight), bench.rows(bias)), None, False, z)
     bench.run()
-    bench.assert_close(y, reference.batchnorm_apply(x, mean, var, weight, bias, ops.EPS), length=6)
+    bench.assert_close(z, reference.batchnorm_apply(x, mean, var, weight, bias, ops.EPS), length=6)
+
+
+@each_mode
+@each_shape
+@each_relu
+@each_residual
+@each_number_of_terms
+def test_backward_reduce(mode, shape, relu, residual, count):
+    """Without a residual the kernel finds the sign of z itself; with one it reads z, and stores the masked gradient."""
+    bench = Bench(mode)
+    branches = [Branch.draw(bench, shape) for _ in range(2 if residual == 2 else 1)]
+    dz = [bench.draw(*shape) for _ in range(count)]
+    y = bench.draw(*shape) if residual else branches[0].y
+    for term in dz:
+        term[np.abs(y) < 1e-5] = 0  # there rounding could decide
+    z, gradient = reference.relu_forward(y), sum(dz)
+    masked = reference.relu_backward(gradient, z) if relu else gradient
+    sums = [tuple(bench.out_rows(*size) for size in ((2, shape[1]), shape[1:2], shape[1:2])) for _ in branches]
+    partials = [bench.scratch((shape[0], *total.shape)) for total, *_ in sums]
+    given = (bench.image(z), bench.out_image(shape)) if residual else (None, None)
+    terms, affines = [bench.image(term) for term in dz], [branch.on(bench) for branch in branches]
+    ops.backward_reduce(bench.plan, "bn", terms, affines, relu, partials, *given)
+    for partial, outputs in zip(partials, sums, strict=True):
+        ops.add_images(bench.plan, "bn", partial, *outputs)
+    bench.run()
+    for branch, (total, dbias, dweight) in zip(branches, sums, strict=True):
+        expected = reference.batchnorm_backward_reduce(masked, branch.x, *branch.moments)
+        bench.assert_close(total, np.stack(expected), masked[:, 0].size)
+        np.testing.assert_array_equal(bench.read(total), np.stack([bench.read(dbias), bench.read(dweight)]))
+    if residual:
+        bench.assert_exact(given[1], masked)
+
+
+@each_mode
+@each_shape
+def test_mask_is_where_the_output_is_positive(mode, shape):
+    """Found again from the input, it is the same at every single pixel, also where the input to ReLU is exactly 0."""
+    bench = Bench(mode)
+    drawn = Branch.draw(bench, shape)
+    branch = Branch(drawn.x, drawn.moments.astype(mode.storage).astype(np.float64), drawn.weight, drawn.bias)
+    branch.bias[0] = 0
+    branch.x[:, 0].flat[::3] = branch.moments[0, 0]
+    affine, ones, z = branch.on(bench), bench.image(np.ones(shape)), bench.out_image(shape)
+    outputs = [bench.out_rows(*size) for size in ((2, shape[1]), shape[1:2], shape[1:2])]
+    means = bench.rows(np.zeros((2, shape[1])))
+    dx = bench.out_image(shape)
+    ops.apply(bench.plan, "bn", affine, None, True, z)
+    partial = bench.scratch((shape[0], *outputs[0].shape))
+    ops.backward_reduce(bench.plan, "bn", [ones], [affine], True, [partial])
+    ops.add_images(bench.plan, "bn", partial, *outputs)
+    ops.backward(bench.plan, "bn", [ones], [affine], True, [means], bench.control(valid=shape[0]), [dx])
+    bench.run()
+    positive = bench.read(z) > 0
+    np.testing.assert_array_equal(bench.read(outputs[1]), positive.sum(axis=(0, 2, 3)))
+    np.testing.assert_array_equal(bench.read(dx) != 0, positive)
+    assert 0 < positive[:, 0].sum() < positive[:, 0].size or positive[:, 0].size < 4
 
 
 @each_mode
 @each_shape
 @each_valid
-def test_backward_reduce(mode, shape, valid):
-    """Images that do not count have no gradient: the loss saw to that."""
+@pytest.mark.parametrize(("relu", "branches", "count"), [
+    (False, 1, 1), (False, 1, 2), (True, 1, 1), (True, 1, 2), (False, 2, 1),
+])  # fmt: skip
+def test_backward(mode, shape, valid, relu, branches, count):
+    """The sums come from elsewhere: all replicas have their part in them. Images that do not count get zeros."""
     bench = Bench(mode)
-    dy, x = bench.draw(*shape), bench.draw(*shape, mean=0.5)
-    dy[valid:] = 0
-    moments, channels = moments_of(x), shape[1]
-    sums, dbias, dweight = bench.out_rows(2, channels), bench.out_rows(channels), bench.out_rows(channels)
-    ops.backward_reduce(bench.plan, "bn", bench.image(dy), bench.image(x), bench.rows(moments), sums, dbias, dweight)
+    drawn, mean_dz = [Branch.draw(bench, shape) for _ in range(branches)], bench.draw(shape[1])
+    means = [np.stack([mean_dz, bench.draw(shape[1])]) for _ in drawn]  # the branches have the same gradient
+    dz, y = [bench.draw(*shape) for _ in range(count)], drawn[0].y
+    for term in dz:
+        term[np.abs(y) < 1e-5] = 0  # there rounding could decide
+    masked = reference.relu_backward(sum(dz), y) if relu else sum(dz)
+    dxs, control = [bench.out_image(shape) for _ in drawn], bench.control(valid=valid)
+    terms, affines = [bench.image(term) for term in dz], [branch.on(bench) for branch in drawn]
+    ops.backward(bench.plan, "bn", terms, affines, relu, [bench.rows(mean) for mean in means], control, dxs)
     bench.run()
-    sum_dy, sum_dy_xhat = reference.batchnorm_backward_reduce(dy, x, *moments, valid)
-    bench.assert_close(sums, np.stack([sum_dy, sum_dy_xhat]), dy[:, 0].size)
-    np.testing.assert_array_equal(bench.read(sums), np.stack([bench.read(dbias), bench.read(dweight)]))
-
-
-@each_mode
-@each_shape
-@each_valid
-def test_backward(mode, shape, valid):
-    """The sums come from elsewhere: all replicas have their part in them."""
-    bench = Bench(mode)
-    dy, x, weight = bench.draw(*shape), bench.draw(*shape, mean=0.5), bench.draw(shape[1])
-    moments, means = moments_of(x), bench.draw(2, shape[1])
-    dx, control = bench.out_image(shape), bench.control(valid=valid)
-    inputs = bench.image(dy), bench.image(x), dx, *(bench.rows(a) for a in (moments, means, weight))
-    ops.backward(bench.plan, "bn", *inputs, control)
-    bench.run()
-    bench.assert_close(dx, reference.batchnorm_backward(dy, x, *moments, weight, *means, 1, valid), length=6)
-    assert not bench.read(dx)[valid:].any()
+    for branch, mean, dx in zip(drawn, means, dxs, strict=True):
+        expected = reference.batchnorm_backward(masked, branch.x, *branch.moments, branch.weight, *mean, 1, valid)
+        bench.assert_close(dx, expected, length=8)
+        assert not bench.read(dx)[valid:].any()
 
 
 @each_mode
@@ -132,14 +240,16 @@ def test_stages_in_a_row(mode):
     second = Bench(mode)
     y, sums, dbias, dweight = second.out_image(x.shape), *(second.out_rows(*shape) for shape in ((2, 20), (20,), (20,)))
     source, shared = second.image(x), second.rows(moments)
-    ops.apply(second.plan, "bn", source, y, shared, second.rows(weight), second.rows(bias))
-    ops.backward_reduce(second.plan, "bn", second.image(dy), source, shared, sums, dbias, dweight)
+    affine, partial = ops.Affine(source, shared, second.rows(weight), second.rows(bias)), second.scratch((4, *sums.shape))
+    ops.apply(second.plan, "bn", affine, None, False, y)
+    ops.backward_reduce(second.plan, "bn", [second.image(dy)], [affine], False, [partial])
+    ops.add_images(second.plan, "bn", partial, sums, dbias, dweight)
     second.run()
 
     third = Bench(mode)
     dx, means = third.out_image(x.shape), third.rows(second.read(sums) / count)
-    inputs = third.image(dy), third.image(x), dx, third.rows(moments), means, third.rows(weight)
-    ops.backward(third.plan, "bn", *inputs, third.control(valid=valid))
+    affine = ops.Affine(third.image(x), third.rows(moments), third.rows(weight), third.rows(bias))
+    ops.backward(third.plan, "bn", [third.image(dy)], [affine], False, [means], third.control(valid=valid), [dx])
     third.run()
 
     invstd = 1 / np.sqrt(m2 / count + ops.EPS)

@@ -123,9 +123,9 @@ def test_build_error_holds_options_and_log(monkeypatch):
 
 def test_program_is_built_once_for_the_same_defines():
     device = device_for("scalar")
-    one, two = device.program("relu", HALF=0, VEC=1), device.program("relu", VEC=1, HALF=0)
+    one, two = device.program("residual", HALF=0, VEC=1), device.program("residual", VEC=1, HALF=0)
     assert one is two
-    assert device.program("relu", HALF=1, VEC=1) is not one
+    assert device.program("residual", HALF=1, VEC=1) is not one
 
 
 # Memory
@@ -192,7 +192,7 @@ def random_plan(seed: int) -> Plan:
     for i in range(37):
         near = draw.sample(tensors[i : i + 4], draw.randint(1, 4))
         far = [draw.choice(tensors)] if draw.random() < 0.2 else []
-        plan.launch(f"e{i}", "relu_forward", (1,), [*near, *far, kept], near[:1])
+        plan.launch(f"e{i}", "residual_add", (1,), [*near, *far, kept], near[:1])
     return plan
 
 
@@ -233,7 +233,7 @@ def test_chain_needs_memory_for_two():
     plan = Plan(device_for("scalar"), "fp32")
     chain = [plan.image(f"x{i}", 1, 16, 8, 8) for i in range(10)]
     for a, b in itertools.pairwise(chain):
-        plan.launch("next", "relu_forward", (1,), [a, b], [b])
+        plan.launch("next", "residual_add", (1,), [a, b], [b])
     assert place_by_liveness(plan, 2**20) == [2 * chain[0].nbytes]
 
 
@@ -241,7 +241,7 @@ def test_tensor_beyond_the_limit_gets_its_own_chunk():
     """The allocation then fails with its own message; placing does not."""
     plan = Plan(device_for("scalar"), "fp32")
     large, small = plan.image("large", 1, 16, 32, 32), plan.image("small", 1, 16, 8, 8)
-    plan.launch("both", "relu_forward", (1,), [large, small], [small])
+    plan.launch("both", "residual_add", (1,), [large, small], [small])
     assert place_by_liveness(plan, 2**12) == [large.nbytes, small.nbytes]
 
 
@@ -261,7 +261,7 @@ def test_bench_notices_missing_and_stray_writes(elements, complaint):
     """256 elements should be written."""
     bench = Bench(Mode("fp32", "scalar"))
     x, y = np.abs(bench.draw(1, 16, 4, 4)), bench.out_image((1, 16, 4, 4))
-    bench.plan.elementwise("relu", "relu_forward", elements, [bench.image(x), y], [y])
+    bench.plan.elementwise("add", "residual_add", elements, [bench.image(x), bench.image(0 * x), y], [y])
     with pytest.raises(AssertionError, match=complaint):
         bench.run()
         bench.assert_close(y, x, 1)
@@ -269,8 +269,9 @@ def test_bench_notices_missing_and_stray_writes(elements, complaint):
 
 def test_bench_notices_padding_that_is_not_zero():
     bench = Bench(Mode("fp32", "scalar"))
-    ones, y = bench.array(np.ones((1, 1, 2, 2, 16))), bench.out_image((1, 15, 2, 2))
-    bench.plan.elementwise("copy", "relu_forward", 64, [ones, y], [y])
+    ones, zeros = (bench.array(np.full((1, 1, 2, 2, 16), value)) for value in (1, 0))
+    y = bench.out_image((1, 15, 2, 2))
+    bench.plan.elementwise("add", "residual_add", 64, [ones, zeros, y], [y])
     bench.run()
     with pytest.raises(AssertionError, match="padding lanes"):
         bench.read(y)

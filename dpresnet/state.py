@@ -1,0 +1,87 @@
+"""What a network is made of besides launches: its parameters, running statistics and working copies, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpresnet.device import BLOCK
+from dpresnet.plan import Plan, Tensor, blocks_of
+
+FLOAT = np.dtype(np.float32)
+
+
+@dataclass(eq=False)
+class Parameter:
+    """A trained array: its logical shape, how it is initialised, and where value, gradient and momentum lie."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: str  # "kaiming", "uniform" (bound 1 / sqrt(fan in)), "ones" or "zeros"
+    value: Tensor
+    grad: Tensor
+    momentum: Tensor
+    fan_in: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of trained values."""
+        return int(np.prod(self.shape))
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A running statistic [channels]."""
+
+    name: str
+    channels: int
+    value: Tensor
+
+
+@dataclass(eq=False)
+class Packed:
+    """A working copy of a parameter in the order its kernels read."""
+
+    tensor: Tensor
+    record: Callable[[Plan], None]
+
+
+def flat(name: str, size: int, home: str) -> Tensor:
+    """An fp32 array padded to whole channel blocks, so that vectors may touch its last lanes."""
+    return Tensor(name, (blocks_of(size) * BLOCK,), FLOAT, home)
+
+
+class State:
+    """Parameters, running statistics and working copies by name, in the order of their declaration.
+
+    Training and evaluation record the same network twice; both find the same arrays here.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: dict[str, Parameter] = {}
+        self.buffers: dict[str, Buffer] = {}
+        self.packed: dict[str, Packed] = {}
+
+    def parameter(self, name: str, shape: tuple[int, ...], init: str, fan_in: int = 0) -> Parameter:
+        """The parameter of this name; declared on first use."""
+        if name not in self.parameters:
+            size = int(np.prod(shape))
+            homes = [flat(f"{name}{suffix}", size, home) for suffix, home in
+                     (("", "parameter"), (".grad", "gradient"), (".momentum", "momentum"))]  # fmt: skip
+            self.parameters[name] = Parameter(name, shape, init, *homes, fan_in)
+        return self.parameters[name]
+
+    def buffer(self, name: str, channels: int) -> Buffer:
+        """The running statistic of this name; declared on first use."""
+        if name not in self.buffers:
+            self.buffers[name] = Buffer(name, channels, flat(name, channels, "buffer"))
+        return self.buffers[name]
+
+    def working_copy(self, name: str, shape: tuple[int, ...], record: Callable[[Plan, Tensor], None]) -> Tensor:
+        """A packed copy of a parameter, refreshed by ``record``; declared on first use."""
+        if name not in self.packed:
+            tensor = Tensor(name, shape, FLOAT, "packed")
+            self.packed[name] = Packed(tensor, lambda plan: record(plan, tensor))
+        return self.packed[name].tensor
