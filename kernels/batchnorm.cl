@@ -26,19 +26,18 @@
 #define TERMS 1
 #endif
 
-// A work-item of the kernels over activations handles WIDE neighbouring vectors of each pixel, all of a block on CPUs (a cache
-// line is read once) and one lane on GPUs (neighbouring work-items read neighbouring lanes), of `group` images, and where
-// there is a third index, of `span` pixels. So work-items are (channels / WIDTH, images / group, pixels / span).
+// A work-item handles WIDE neighbouring vectors of each pixel: all of a block on CPUs (a cache line is read once), one lane on
+// GPUs (neighbouring work-items read neighbouring lanes). Over activations work-items are (channels / WIDTH, image), and where
+// nothing is summed (..., part of the image), of `span` pixels.
 #define WIDE (VEC == 1 ? 1 : PARTS)
 #define WIDTH (WIDE * VEC)
 #define CHANNELS ((int)get_global_size(0) * WIDTH)
 #define CHANNEL ((int)get_global_id(0) * WIDTH)
 #define VECTORS(k) UNROLL for (int k = 0; k < WIDE; k++)
-#define IMAGES(n) for (int n = get_global_id(1) * group; n < min(images, ((int)get_global_id(1) + 1) * group); n++)
 #define PIXELS(p) for (int p = get_global_id(2) * span; p < min(pixels, ((int)get_global_id(2) + 1) * span); p++)
 
-// Where the first pixel of an image lies.
-#define START(n) (((long)(n) * (CHANNELS / BLOCK) + CHANNEL / BLOCK) * pixels * BLOCK + CHANNEL % BLOCK)
+// Where the first pixel of the image lies.
+#define START (((long)get_global_id(1) * (CHANNELS / BLOCK) + CHANNEL / BLOCK) * pixels * BLOCK + CHANNEL % BLOCK)
 
 // Sums over pixels go by runs of 32 that are then added: the rounding of a long sum grows with its longest chain.
 #define RUNS(start) for (int start = 0; start < pixels; start += 32)
@@ -65,31 +64,28 @@
 #endif
 
 // Mean and M2 of each image and channel: partial[image][2][channels].
-__kernel void batchnorm_statistics(__global const act *restrict x, __global float *restrict partial, const int images,
-                                   const int pixels, const int group)
+__kernel void batchnorm_statistics(__global const act *restrict x, __global float *restrict partial, const int pixels)
 {
-    IMAGES(n) {
-        __global const act *image = x + START(n);
-        __global float *out = partial + (long)n * 2 * CHANNELS + CHANNEL;
-        vec mean[WIDE], m2[WIDE], part[WIDE];
-        VECTORS(k) mean[k] = m2[k] = 0;
-        RUNS(start) {
-            VECTORS(k) part[k] = 0;
-            RUN(p, start) VECTORS(k) part[k] += LOAD(image + p * BLOCK + k * VEC);
-            VECTORS(k) mean[k] += part[k];
-        }
-        VECTORS(k) mean[k] /= (float)pixels;
-        RUNS(start) {
-            VECTORS(k) part[k] = 0;
-            RUN(p, start) VECTORS(k) {
-                const vec d = LOAD(image + p * BLOCK + k * VEC) - mean[k];
-                part[k] += d * d;
-            }
-            VECTORS(k) m2[k] += part[k];
-        }
-        VECTORS(k) STOREF(mean[k], out + k * VEC);
-        VECTORS(k) STOREF(m2[k], out + CHANNELS + k * VEC);
+    __global const act *image = x + START;
+    __global float *out = partial + (long)get_global_id(1) * 2 * CHANNELS + CHANNEL;
+    vec mean[WIDE], m2[WIDE], part[WIDE];
+    VECTORS(k) mean[k] = m2[k] = 0;
+    RUNS(start) {
+        VECTORS(k) part[k] = 0;
+        RUN(p, start) VECTORS(k) part[k] += LOAD(image + p * BLOCK + k * VEC);
+        VECTORS(k) mean[k] += part[k];
     }
+    VECTORS(k) mean[k] /= (float)pixels;
+    RUNS(start) {
+        VECTORS(k) part[k] = 0;
+        RUN(p, start) VECTORS(k) {
+            const vec d = LOAD(image + p * BLOCK + k * VEC) - mean[k];
+            part[k] += d * d;
+        }
+        VECTORS(k) m2[k] += part[k];
+    }
+    VECTORS(k) STOREF(mean[k], out + k * VEC);
+    VECTORS(k) STOREF(m2[k], out + CHANNELS + k * VEC);
 }
 
 // Merges the valid images of this replica, in order: merged[2][channels] = mean, M2. One work-item per WIDTH channels.
@@ -131,7 +127,7 @@ __kernel void batchnorm_apply(__global const act *restrict x, __global const flo
                               __global const float *restrict r_moments, __global const float *restrict r_weight,
                               __global const float *restrict r_bias,
 #endif
-                              __global act *restrict z, const int images, const int pixels, const int group, const int span)
+                              __global act *restrict z, const int pixels, const int span)
 {
     vec mean[WIDE], scale[WIDE], shift[WIDE];
     VECTORS(k) {
@@ -149,8 +145,9 @@ __kernel void batchnorm_apply(__global const act *restrict x, __global const flo
         shift[k] += LOADF(r_bias + channel);
     }
 #endif
-    IMAGES(n) PIXELS(p) VECTORS(k) {
-        const long i = START(n) + p * BLOCK + k * VEC;
+    const long start = START;
+    PIXELS(p) VECTORS(k) {
+        const long i = start + p * BLOCK + k * VEC;
         vec v = NORMALISED(LOAD(x + i) - mean[k], scale[k], shift[k]);
 #if RESIDUAL == 1
         v += LOAD(r + i);
@@ -180,8 +177,9 @@ __kernel void batchnorm_backward_reduce(__global const act *restrict dz,
                                         __global const act *restrict r, __global const float *restrict r_moments,
                                         __global float *restrict r_partial,
 #endif
-                                        __global float *restrict partial, const int images, const int pixels, const int group)
+                                        __global float *restrict partial, const int pixels)
 {
+    const int n = get_global_id(1);
     vec mean[WIDE], inverse[WIDE];
     VECTORS(k) mean[k] = LOADF(moments + CHANNEL + k * VEC);
     VECTORS(k) inverse[k] = LOADF(moments + CHANNELS + CHANNEL + k * VEC);
@@ -194,54 +192,52 @@ __kernel void batchnorm_backward_reduce(__global const act *restrict dz,
     vec r_mean[WIDE];
     VECTORS(k) r_mean[k] = LOADF(r_moments + CHANNEL + k * VEC);
 #endif
-    IMAGES(n) {
-        const long image = START(n);
-        vec sum[WIDE], product[WIDE], sum_part[WIDE], product_part[WIDE];
-        VECTORS(k) sum[k] = product[k] = 0;
+    const long image = START;
+    vec sum[WIDE], product[WIDE], sum_part[WIDE], product_part[WIDE];
+    VECTORS(k) sum[k] = product[k] = 0;
 #if RESIDUAL == 2
-        vec r_product[WIDE], r_part[WIDE];
-        VECTORS(k) r_product[k] = 0;
+    vec r_product[WIDE], r_part[WIDE];
+    VECTORS(k) r_product[k] = 0;
 #endif
-        RUNS(start) {
-            VECTORS(k) sum_part[k] = product_part[k] = 0;
+    RUNS(start) {
+        VECTORS(k) sum_part[k] = product_part[k] = 0;
 #if RESIDUAL == 2
-            VECTORS(k) r_part[k] = 0;
+        VECTORS(k) r_part[k] = 0;
 #endif
-            RUN(p, start) VECTORS(k) {
-                const long i = image + p * BLOCK + k * VEC;
-                const vec centred = LOAD(x + i) - mean[k];
-                vec d = GRADIENT(i);
+        RUN(p, start) VECTORS(k) {
+            const long i = image + p * BLOCK + k * VEC;
+            const vec centred = LOAD(x + i) - mean[k];
+            vec d = GRADIENT(i);
 #if RELU && !RESIDUAL
-                d = MASKED(d, NORMALISED(centred, scale[k], shift[k]));
+            d = MASKED(d, NORMALISED(centred, scale[k], shift[k]));
 #elif RELU
-                d = MASKED(d, LOAD(z + i));
+            d = MASKED(d, LOAD(z + i));
 #endif
 #if RESIDUAL
-                STORE(d, g + i);
+            STORE(d, g + i);
 #endif
-                sum_part[k] += d;
-                product_part[k] += d * centred;
+            sum_part[k] += d;
+            product_part[k] += d * centred;
 #if RESIDUAL == 2
-                r_part[k] += d * (LOAD(r + i) - r_mean[k]);
-#endif
-            }
-            VECTORS(k) sum[k] += sum_part[k];
-            VECTORS(k) product[k] += product_part[k];
-#if RESIDUAL == 2
-            VECTORS(k) r_product[k] += r_part[k];
+            r_part[k] += d * (LOAD(r + i) - r_mean[k]);
 #endif
         }
-        const long out = (long)n * 2 * CHANNELS + CHANNEL;
-        VECTORS(k) STOREF(sum[k], partial + out + k * VEC);
-        VECTORS(k) STOREF(product[k] * inverse[k], partial + out + CHANNELS + k * VEC);
+        VECTORS(k) sum[k] += sum_part[k];
+        VECTORS(k) product[k] += product_part[k];
 #if RESIDUAL == 2
-        VECTORS(k) {
-            const vec r_inverse = LOADF(r_moments + CHANNELS + CHANNEL + k * VEC);
-            STOREF(sum[k], r_partial + out + k * VEC);
-            STOREF(r_product[k] * r_inverse, r_partial + out + CHANNELS + k * VEC);
-        }
+        VECTORS(k) r_product[k] += r_part[k];
 #endif
     }
+    const long out = (long)n * 2 * CHANNELS + CHANNEL;
+    VECTORS(k) STOREF(sum[k], partial + out + k * VEC);
+    VECTORS(k) STOREF(product[k] * inverse[k], partial + out + CHANNELS + k * VEC);
+#if RESIDUAL == 2
+    VECTORS(k) {
+        const vec r_inverse = LOADF(r_moments + CHANNELS + CHANNEL + k * VEC);
+        STOREF(sum[k], r_partial + out + k * VEC);
+        STOREF(r_product[k] * r_inverse, r_partial + out + CHANNELS + k * VEC);
+    }
+#endif
 }
 
 // Adds the images in order. The two sums are the gradients of bias and weight, and what the replicas exchange.
@@ -283,8 +279,7 @@ __kernel void batchnorm_backward(__global const act *restrict dz,
                                  __global const float *restrict r_moments, __global const float *restrict r_means,
                                  __global const float *restrict r_weight,
 #endif
-                                 __global const Control *restrict control, const int images, const int pixels, const int group,
-                                 const int span)
+                                 __global const Control *restrict control, const int pixels, const int span)
 {
     vec mean[WIDE], scale[WIDE], slope[WIDE], mean_g[WIDE];
     VECTORS(k) {
@@ -309,20 +304,19 @@ __kernel void batchnorm_backward(__global const act *restrict dz,
         r_slope[k] = inverse * LOADF(r_means + CHANNELS + channel);
     }
 #endif
-    IMAGES(n) {
-        const float counts = n < control->valid ? 1 : 0;
-        PIXELS(p) VECTORS(k) {
-            const long i = START(n) + p * BLOCK + k * VEC;
-            const vec centred = LOAD(x + i) - mean[k];
-            vec d = GRADIENT(i);
+    const long start = START;
+    const float counts = get_global_id(1) < control->valid ? 1 : 0;
+    PIXELS(p) VECTORS(k) {
+        const long i = start + p * BLOCK + k * VEC;
+        const vec centred = LOAD(x + i) - mean[k];
+        vec d = GRADIENT(i);
 #if RELU
-            d = MASKED(d, NORMALISED(centred, scale[k], shift[k]));
+        d = MASKED(d, NORMALISED(centred, scale[k], shift[k]));
 #endif
-            d -= mean_g[k];
-            STORE((d - centred * slope[k]) * (scale[k] * counts), dx + i);
+        d -= mean_g[k];
+        STORE((d - centred * slope[k]) * (scale[k] * counts), dx + i);
 #if RESIDUAL == 2
-            STORE((d - (LOAD(r + i) - r_mean[k]) * r_slope[k]) * (r_scale[k] * counts), dr + i);
+        STORE((d - (LOAD(r + i) - r_mean[k]) * r_slope[k]) * (r_scale[k] * counts), dr + i);
 #endif
-        }
     }
 }

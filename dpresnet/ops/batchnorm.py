@@ -15,8 +15,8 @@ from dpresnet.plan import Plan, Tensor
 
 EPS = 1e-5
 
-LEAST_ITEMS = 64  # work-items of a large tensor, so that no compute unit waits long for the others at the end
-LEAST_PIXELS, MOST_PIXELS = 64, 1024  # of one channel block, for one work-item: less does not pay for starting it
+LEAST_ITEMS = 32  # work-items of a large tensor: no compute unit of a CPU waits long for the others at the end
+LEAST_PIXELS = 64  # of one channel block, for one work-item: less does not pay for starting it
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,23 +34,19 @@ def columns(plan: Plan, x: Tensor) -> int:
     return x.blocks * (BLOCK if plan.device.vector == 1 else 1)
 
 
-def shares(plan: Plan, x: Tensor) -> tuple[int, int]:
-    """(images, pixels) that one work-item handles: parts of large images, or several small ones."""
+def span_of(plan: Plan, x: Tensor) -> int:
+    """Pixels of an image that one work-item handles where nothing is summed: all of them, unless images are large and few."""
     pixels = x.height * x.width
-    if plan.device.vector == 1:
-        return 1, min(pixels, LEAST_PIXELS)
-    want = max(LEAST_PIXELS, min(MOST_PIXELS, x.size // BLOCK // LEAST_ITEMS))
-    parts = -(-pixels // want)
-    return max(1, min(x.images, want // pixels)), -(-pixels // parts)
+    parts = 2**31 if plan.device.vector == 1 else -(-LEAST_ITEMS // (x.blocks * x.images))
+    return -(-pixels // max(1, min(parts, pixels // LEAST_PIXELS)))
 
 
 def launch(plan: Plan, name: str, verb: str, x: Tensor, args: list, writes: list[Tensor], whole: bool = False,
            **defines: int) -> None:  # fmt: skip
-    """Appends a launch over an image tensor; with ``whole`` a work-item takes whole images, because it adds them up."""
-    group, span = shares(plan, x)
-    pixels = x.height * x.width
-    size = (columns(plan, x), -(-x.images // group)) + (() if whole else (-(-pixels // span),))
-    sizes = [np.int32(v) for v in (x.images, pixels, group, *([] if whole else [span]))]
+    """Appends a launch over an image tensor; with ``whole`` a work-item takes a whole image, because it adds it up."""
+    pixels, span = x.height * x.width, span_of(plan, x)
+    size = (columns(plan, x), x.images) if whole else (columns(plan, x), x.images, -(-pixels // span))
+    sizes = [np.int32(v) for v in ([pixels] if whole else [pixels, span])]
     plan.launch(name, f"batchnorm_{verb}", size, [*args, *sizes], writes, **defines)
 
 

@@ -15,9 +15,9 @@ from dpresnet.plan import Tensor, blocks_of
 
 SHAPES = [
     (5, 20, 6, 7),
-    (70, 16, 1, 1),  # a work-item takes 64 images
-    (7, 17, 5, 5),  # a work-item takes 2
-    (2, 5, 80, 50),  # an image is cut in parts of 125 pixels
+    (3, 16, 1, 1),
+    (4, 17, 3, 2),
+    (2, 5, 40, 37),  # large and few: an image is cut in parts, the last one shorter
     (3, 1, 9, 8),
 ]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
