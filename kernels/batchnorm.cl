@@ -29,19 +29,21 @@
 // A work-item handles WIDE neighbouring vectors of each pixel: all of a block on CPUs (a cache line is read once), one lane on
 // GPUs (neighbouring work-items read neighbouring lanes). Over activations work-items are (channels / WIDTH, image), and where
 // nothing is summed (..., part of the image), of `span` pixels.
+#define LEAST(a, b) ((a) < (b) ? (a) : (b))  // min() may be a call, for which the sums leave their registers
 #define WIDE (VEC == 1 ? 1 : PARTS)
 #define WIDTH (WIDE * VEC)
 #define CHANNELS ((int)get_global_size(0) * WIDTH)
 #define CHANNEL ((int)get_global_id(0) * WIDTH)
 #define VECTORS(k) UNROLL for (int k = 0; k < WIDE; k++)
-#define PIXELS(p) for (int p = get_global_id(2) * span; p < min(pixels, ((int)get_global_id(2) + 1) * span); p++)
+#define PIXELS(p) \
+    for (int p = get_global_id(2) * span; p < LEAST(pixels, ((int)get_global_id(2) + 1) * span); p++)
 
 // Where the first pixel of the image lies.
 #define START (((long)get_global_id(1) * (CHANNELS / BLOCK) + CHANNEL / BLOCK) * pixels * BLOCK + CHANNEL % BLOCK)
 
 // Sums over pixels go by runs of 32 that are then added: the rounding of a long sum grows with its longest chain.
 #define RUNS(start) for (int start = 0; start < pixels; start += 32)
-#define RUN(p, start) for (int p = start; p < min(start + 32, pixels); p++)
+#define RUN(p, start) for (int p = start; p < LEAST(start + 32, pixels); p++)
 
 // Signs are read from the bits: as integers, negative numbers are those up to the bits of minus infinity, NaN excluded, so
 // that a bad value is not hidden from the overflow check. (Comparing a converted fp16 value with a constant, LLVM compares as
