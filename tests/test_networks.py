@@ -12,9 +12,11 @@ from dpresnet.device import Device, choose_device
 from dpresnet.errors import Refused
 from dpresnet.model import Model
 from dpresnet.network import Network
-from dpresnet.plan import lifetimes
+from dpresnet.nn import Recorder
+from dpresnet.plan import Entry, Launch, lifetimes
 from dpresnet.resnet import ARCHITECTURES, CHOICES, Options
 from dpresnet.setup import check_memory
+from dpresnet.state import State
 
 PARAMETERS = {  # 1000 classes; the CIFAR family with 10 and shortcut A
     "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
@@ -51,6 +53,77 @@ def test_plain_network_is_the_residual_one_without_shortcuts(device):
     assert [sum(n for defines, n in counts.items() if dict(defines)["RESIDUAL"]) for counts in joins] == [9, 0]
     stems = [[entry.stem for entry in net.evaluate.plan] for net in (residual, plain)]
     assert [names.count("shortcut") for names in stems] == [2, 0]
+
+
+@pytest.mark.parametrize(("arch", "stem", "activations", "norms"), [
+    ("resnet18", "cifar", 17, 20), ("resnet50", "imagenet", 49, 53),
+])  # fmt: skip
+def test_one_launch_per_activation_each_way(device, arch, stem, activations, norms):
+    """All that a network is made of, but its convolutions: nothing is added, rectified or masked by itself.
+
+    The shortcut's norm is part of the join, so there are fewer activations than norms. The max pool takes its gradient as one
+    tensor, and two layers read what it pooled.
+    """
+    recorded, pools = model(device, arch, stem=stem, image=64), int(stem == "imagenet")
+    forward = {"cast_pack": 1, "pool_max_forward": pools, "pool_average_forward": 1, "linear_forward": 1, "loss_softmax": 1,
+               "batchnorm_apply": activations}  # fmt: skip
+    evaluate = Counter(forward | {"batchnorm_running": norms})
+    train = Counter(forward | {"pool_max_backward": pools, "residual_add": pools, "pool_average_backward": 1,
+                               "linear_backward_weight": 1, "linear_backward_data": 1})  # fmt: skip
+    train.update({f"batchnorm_{verb}": norms for verb in ("statistics", "merge", "sum")})
+    train.update({"exchange statistics": norms, "exchange sums": norms})
+    train.update({"batchnorm_backward_reduce": activations, "batchnorm_backward": activations})
+    for plan, expected in ((recorded.train.plan, train), (recorded.evaluate.plan, evaluate)):
+        assert Counter(kind for kind in map(kind_of, plan) if not kind.startswith("conv_")) == expected
+
+
+def kind_of(entry: Entry) -> str:
+    return f"{entry.stem}_{entry.verb}" if isinstance(entry, Launch) else f"exchange {entry.kind}"
+
+
+def test_entries_are_named_by_the_norm_they_end_with(device):
+    plan = model(device, "resnet18", stem="cifar").train.plan
+    applied = [(e.name, dict(e.defines)["RESIDUAL"]) for e in plan if isinstance(e, Launch) and e.verb == "apply"]
+    assert applied[:5] == [("bn1", 0), ("layer1.0.bn1", 0), ("layer1.0.bn2", 1), ("layer1.1.bn1", 0), ("layer1.1.bn2", 1)]
+    assert ("layer2.0.bn2", 2) in applied
+    reduced = [e.name for e in plan if isinstance(e, Launch) and e.verb in ("backward_reduce", "sum", "backward")]
+    assert reduced[-3:] == ["bn1.dx.reduce", "bn1.dx.sum", "bn1.dx"]
+    assert "layer2.0.downsample.1.dx.sum" in reduced and "layer2.0.downsample.1.dx" not in reduced
+
+
+def test_sums_without_a_norm_are_stored_once(device):
+    """In v2 what is added is read raw by the next norm and by the next sum."""
+    plans = [getattr(model(device, "resnet20", stem="cifar", block="v2"), kind).plan for kind in ("train", "evaluate")]
+    added = [[e.name for e in plan if isinstance(e, Launch) and e.stem == "residual"] for plan in plans]
+    assert added[1] == [f"add{i}" for i in range(1, 10)]
+    assert added[0][:9] == added[1]
+    assert all(name.endswith(".grad.sum") for name in added[0][9:])
+
+
+def test_layers_that_cannot_be_fused_are_refused(device):
+    net = Recorder(State(), device, "fp32", 1, train=True)
+    x = net.input(3, 8, 8)
+    y = net.conv("conv1", x, 16, 3)
+    with pytest.raises(ValueError, match="relu of conv1: only what a norm returns"):
+        net.relu(y)
+    z = net.norm("bn1", y)
+    net.conv("conv2", net.relu(z), 16, 3)
+    with pytest.raises(ValueError, match="bn1 is used twice"):
+        net.conv("conv3", z, 16, 3)
+    w = net.norm("bn2", y)
+    with pytest.raises(ValueError, match="bn2 is used twice"):
+        net.max_pool(net.add(w, w), 3, 2, 1)
+
+
+def test_an_activation_is_stored_where_it_is_needed_first(device):
+    """Nothing is launched before, and nothing again after."""
+    net = Recorder(State(), device, "fp32", 1, train=False)
+    x = net.relu(net.norm("bn1", net.conv("conv1", net.input(3, 8, 8), 16, 3)))
+    applied = [len([e for e in net.plan if kind_of(e) == "batchnorm_apply"])]
+    for name in ("conv2", "conv3"):
+        net.conv(name, x, 16, 3)
+        applied.append(len([e for e in net.plan if kind_of(e) == "batchnorm_apply"]))
+    assert applied == [0, 1, 1]
 
 
 def test_names_and_shapes_of_a_bottleneck(device):
