@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpresnet.device import BLOCK, Device
-from dpresnet.ops import batchnorm, conv, linear, loss, pool, residual, shortcut
+from dpresnet.ops import batchnorm, conv, linear, loss, pool, residual, shortcut, winograd
 from dpresnet.ops.batchnorm import Affine
 from dpresnet.plan import CONTROL, Exchange, Plan, Tensor, blocks_of
 from dpresnet.state import FLOAT, Parameter, State
@@ -148,22 +148,24 @@ class Recorder:
             f"{name}.weight", (channels, x.channels // groups, kernel, kernel), "zeros" if zero else "kaiming"
         )
 
+        ops = winograd if winograd.suits(shape) else conv
+
         def working_copy(transposed: bool) -> Tensor:
             label = f"{name}.{'transposed' if transposed else 'packed'}"
             return self.state.working_copy(
-                label, shape.packed_shape(transposed),
-                lambda plan, packed: conv.pack(plan, label, shape, weight.value, packed, transposed),
+                label, ops.packed_shape(shape, transposed),
+                lambda plan, packed: ops.pack(plan, label, shape, weight.value, packed, transposed),
             )  # fmt: skip
 
         y = self.plan.image(name, x.images, channels, shape.out_height, shape.out_width)
-        conv.forward(self.plan, name, shape, x, working_copy(False), y)
+        ops.forward(self.plan, name, shape, x, working_copy(False), y)
 
         def backward() -> None:
             dy = self.gradient(y)
-            conv.backward_weight(self.plan, weight.grad.name, shape, x, dy, weight.grad)
+            ops.backward_weight(self.plan, weight.grad.name, shape, x, dy, weight.grad)
             if x.home == "work":  # images from the host need no gradient
                 packed = working_copy(True)
-                self.give(x, lambda dx: conv.backward_data(self.plan, f"{name}.dx", shape, dy, packed, dx))
+                self.give(x, lambda dx: ops.backward_data(self.plan, f"{name}.dx", shape, dy, packed, dx))
 
         self.tape.append(backward)
         return y

@@ -166,6 +166,11 @@ class Conv:
         return (self.segments, tiles, blocks, taps * lanes, channels)
 
 
+def packed_shape(conv: Conv, transposed: bool) -> tuple[int, ...]:
+    """[output tile][input block][tap][CU][TILE_O]."""
+    return conv.packed_shape(transposed)
+
+
 def conv_for(plan: Plan, x: Tensor, out_channels: int, kernel: int, stride: int, padding: int, groups: int) -> Conv:
     """The shape of a convolution of ``x`` on the plan's device.
 

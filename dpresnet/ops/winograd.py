@@ -1,0 +1,179 @@
+"""3x3 convolution with stride 1 by F(4x4, 3x3): kernels/winograd.cl appended to a plan, with the interface of `ops.conv`."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
+
+from dpresnet.device import BLOCK
+from dpresnet.ops.conv import Conv
+from dpresnet.plan import Constant, Local, Plan, Tensor, blocks_of
+
+EDGE, OUT = 6, 4  # rows and columns of a transformed tile, and of its outputs
+POINTS = EDGE * EDGE
+TAPS = 9
+PANEL = 64  # channels whose products are held at once
+LEAST_CHANNELS = 128  # output channels for which a work-group transforms its input
+LEAST_GROUPS = 32  # work-groups that keep the compute units of a CPU busy to the end
+MOST_SEGMENTS = 32  # see winograd_reduce
+RESERVE = 32 * 1024  # bytes of local memory that drivers take for themselves
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The struct of the same name in kernels/winograd.cl, field by field."""
+
+    images: int
+    in_blocks: int
+    in_height: int
+    in_width: int
+    out_blocks: int
+    out_height: int
+    out_width: int
+    tile_rows: int
+    tile_cols: int
+    padding: int
+    group_tiles: int
+    group_channels: int
+    panel: int
+    segments: int
+    segment_size: int
+    out_channels: int
+    in_channels: int
+    transposed: int
+
+    def constant(self) -> Constant:
+        """As the kernel reads it."""
+        return Constant(np.array(astuple(self), np.int32))
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all images."""
+        return self.images * self.tile_rows * self.tile_cols
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_channels * self.in_channels * TAPS
+
+
+def suits(conv: Conv) -> bool:
+    """Whether this convolution is computed here: 3x3 with stride 1, without groups, of whole channel blocks, on vectors."""
+    shape = conv.kernel == 3 and conv.stride == 1 and conv.padding <= 2 and conv.groups == 1
+    wide = min(conv.in_channels, conv.out_channels) >= BLOCK
+    return shape and wide and conv.vector > 1 and least_local_bytes(conv) <= conv.local_bytes
+
+
+def least_local_bytes(conv: Conv) -> int:
+    """Local memory of the smallest work-groups, for the pass that needs most."""
+    passes = [gather_floats(geometry_of(conv, t, conv.defines["TILE_P"], conv.tile_channels)) for t in (False, True)]
+    smallest = geometry_of(conv, False, 1, conv.tile_channels, BLOCK)
+    return 4 * max(*map(sum, passes), sum(weight_floats(smallest, conv.defines["TILE_E"])))
+
+
+def packed_shape(conv: Conv, transposed: bool) -> tuple[int, ...]:
+    """[output tile][point][input channel][TILE_O]."""
+    return (conv.tiles(transposed), POINTS, blocks_of(conv.ends(transposed)[1]) * BLOCK, conv.tile_channels)
+
+
+def geometry_of(conv: Conv, transposed: bool, group_tiles: int = 0, panel: int = 0, group_channels: int = 0) -> Geometry:
+    """Geometry of one launch."""
+    outs, ins = conv.ends(transposed)
+    sizes = (conv.height, conv.width), (conv.out_height, conv.out_width)
+    (in_height, in_width), (out_height, out_width) = sizes[::-1] if transposed else sizes
+    weights = outs * ins * TAPS
+    return Geometry(
+        images=conv.images, in_blocks=blocks_of(ins), in_height=in_height, in_width=in_width,
+        out_blocks=blocks_of(outs), out_height=out_height, out_width=out_width,
+        tile_rows=-(-out_height // OUT), tile_cols=-(-out_width // OUT),
+        padding=2 - conv.padding if transposed else conv.padding,
+        group_tiles=group_tiles, group_channels=group_channels, panel=panel,
+        segments=segments(conv), segment_size=blocks_of(weights) * BLOCK,
+        out_channels=outs, in_channels=ins, transposed=int(transposed),
+    )  # fmt: skip
+
+
+def segments(conv: Conv) -> int:
+    """Parts of the batch whose weight gradients are summed apart; it follows from the shape alone, see `Conv.segments`."""
+    panels = -(-conv.in_channels // PANEL) * -(-conv.out_channels // PANEL)
+    return min(conv.images, -(-MOST_SEGMENTS // panels))
+
+
+def gather_floats(g: Geometry) -> list[int]:
+    """Floats of the transformed input and of the products of a work-group of winograd_gather."""
+    return [POINTS * (g.group_tiles * channels + BLOCK) for channels in (g.in_blocks * BLOCK, g.panel)]
+
+
+def weight_floats(g: Geometry, edge: int) -> list[int]:
+    """Floats of the transformed input, the transformed gradient and their products of a work-group of winograd_weight."""
+    padded = -(-g.group_channels // edge) * edge
+    sizes = (g.group_tiles * blocks_of(padded) * BLOCK, g.group_tiles * g.panel, padded * g.panel)
+    return [POINTS * (size + BLOCK) for size in sizes]
+
+
+def gather_groups(conv: Conv, transposed: bool) -> Geometry:
+    """Chooses how many tiles and output channels one work-group of winograd_gather handles at once.
+
+    The transformed input and the products of a panel of output channels are to stay in the second-level cache.
+    """
+    edge, lanes = conv.defines["TILE_P"], conv.tile_channels
+    tiles, panel = 2 * edge, min(PANEL, conv.tiles(transposed) * lanes)
+    g = geometry_of(conv, transposed, tiles, panel)
+    while 4 * sum(gather_floats(g)) > conv.local_bytes - RESERVE:
+        g = replace(g, panel=g.panel - lanes) if g.panel > lanes else replace(g, group_tiles=g.group_tiles - edge)
+    groups = -(-g.tiles // g.group_tiles)
+    outs = g.out_blocks * BLOCK
+    parts = max(1, min(outs // LEAST_CHANNELS, -(-LEAST_GROUPS // groups)))
+    return replace(g, group_channels=-(-outs // (parts * lanes)) * lanes)
+
+
+def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, transposed: bool) -> None:
+    """Appends a launch of winograd_gather; ``u`` is packed for this direction."""
+    g = gather_groups(conv, transposed)
+    size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.group_channels))
+    args = [x, u, y, g.constant(), *(Local(4 * n) for n in gather_floats(g))]
+    plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **conv.defines)
+
+
+def forward(plan: Plan, name: str, conv: Conv, x: Tensor, packed: Tensor, y: Tensor) -> None:
+    """y [N, O, OH, OW] = x [N, C, H, W] convolved with the packed weights."""
+    gather(plan, name, conv, x, packed, y, transposed=False)
+
+
+def backward_data(plan: Plan, name: str, conv: Conv, dy: Tensor, packed: Tensor, dx: Tensor) -> None:
+    """dx [N, C, H, W] from dy [N, O, OH, OW]; ``packed`` is the transposed working copy."""
+    gather(plan, name, conv, dy, packed, dx, transposed=True)
+
+
+def weight_groups(conv: Conv) -> Geometry:
+    """Chooses the panel of channels and the tiles that one work-group of winograd_weight handles at once."""
+    edge, lanes = conv.defines["TILE_E"], conv.tile_channels
+    channels = min(PANEL, blocks_of(conv.in_channels) * BLOCK)
+    g = geometry_of(conv, False, BLOCK, min(PANEL, conv.tiles(False) * lanes), channels)
+    while 4 * sum(weight_floats(g, edge)) > conv.local_bytes - RESERVE:
+        if g.group_tiles > 4:
+            g = replace(g, group_tiles=g.group_tiles // 2)
+        else:
+            g = replace(g, group_channels=max(BLOCK, g.group_channels // 2), panel=max(lanes, g.panel // 2))
+    return g
+
+
+def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw: Tensor) -> None:
+    """dw [O, C, 3, 3] from x and dy, in fp32."""
+    g = weight_groups(conv)
+    parts = -(-g.in_blocks * BLOCK // g.group_channels), -(-g.out_blocks * BLOCK // g.panel)
+    single = g.segments == 1
+    partial = dw if single else Tensor(f"{name}.partial", (g.segments, g.segment_size), np.dtype(np.float32))
+    args = [x, dy, partial, g.constant(), *(Local(4 * n) for n in weight_floats(g, conv.defines["TILE_E"]))]
+    plan.launch(name, "winograd_weight", (g.segments, *parts), args, [partial], conv.flops, **conv.defines)
+    if not single:
+        sizes = np.int32(g.segments), np.int32(g.segment_size)
+        plan.elementwise(f"{name}.reduce", "winograd_reduce", g.weights, [partial, dw, *sizes], [dw])
+
+
+def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, transposed: bool) -> None:
+    """Refreshes a working copy from the fp32 master weights."""
+    tiles, _, channels, lanes = packed.shape
+    args = [master, packed, geometry_of(conv, transposed).constant()]
+    plan.launch(name, "winograd_pack", (channels, tiles * lanes // conv.vector), args, [packed], **conv.defines)

@@ -1,0 +1,181 @@
+"""F(4x4, 3x3): the three passes against float64 sums, within the tolerance of direct sums, on shapes that hit every remainder."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from harness import Bench, Mode, device_for, struct_in
+from test_conv import Shape
+
+from dpresnet import reference
+from dpresnet.device import Device, choose_device
+from dpresnet.ops import conv, winograd
+from dpresnet.plan import Launch
+
+SHAPES = [
+    Shape(1, 16, 16, 1, 1, 3, 1, 1),  # a tile of which one output is used
+    Shape(1, 16, 16, 4, 4, 3, 1, 1),  # exactly one tile
+    Shape(2, 17, 20, 5, 7, 3, 1, 1),  # tiles that reach beyond two edges; lanes without channels
+    Shape(2, 32, 16, 8, 6, 3, 1, 0),
+    Shape(1, 16, 40, 3, 9, 3, 1, 2),
+    Shape(3, 20, 17, 13, 10, 3, 1, 1),  # a short last group of tiles, groups that span images
+    Shape(1, 144, 80, 6, 5, 3, 1, 1),  # several panels of channels, the last one short
+    Shape(2, 64, 272, 4, 5, 3, 1, 1),  # output channels divided among work-groups
+    Shape(5, 48, 64, 7, 7, 3, 1, 1),  # one segment per image
+    Shape(37, 16, 16, 4, 3, 3, 1, 1),  # the most segments there are, 32, and more images than that
+    Shape(1, 512, 32, 4, 4, 3, 1, 1),  # many channels: smaller groups of tiles fit in local memory
+    Shape(1, 128, 512, 5, 2, 3, 1, 1),  # one segment: no partial sums
+]
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+each_precision = pytest.mark.parametrize("mode", [Mode("fp32", "vector"), Mode("fp16", "vector")], ids=str)
+
+
+def conv_of(bench, shape):
+    found = conv.conv_for(bench.plan, bench.plan.image("x", *shape.x), shape.outs, shape.kernel, *shape.window)
+    assert winograd.suits(found)
+    return found
+
+
+def gathered(bench, shape, source, w, transposed):
+    found, out = conv_of(bench, shape), bench.out_image(shape.x if transposed else shape.y)
+    packed = bench.scratch(winograd.packed_shape(found, transposed))
+    winograd.pack(bench.plan, "pack", found, bench.array(w), packed, transposed)
+    launch = winograd.backward_data if transposed else winograd.forward
+    launch(bench.plan, "conv", found, bench.image(source), packed, out)
+    bench.run()
+    return out
+
+
+def weight_gradient(bench, shape, dy, x):
+    dw = bench.out_array(*shape.w)
+    winograd.backward_weight(bench.plan, "conv", conv_of(bench, shape), bench.image(x), bench.image(dy), dw)
+    bench.run()
+    return dw
+
+
+def passes(shape, device=None):
+    """What the three passes leave in memory."""
+    results = []
+    for transposed in (False, True):
+        bench = Bench(Mode("fp32", "vector"), device)
+        source, w = bench.draw(*(shape.y if transposed else shape.x)), bench.draw(*shape.w)
+        results.append(bench.stored(gathered(bench, shape, source, w, transposed)))
+    bench = Bench(Mode("fp32", "vector"), device)
+    results.append(bench.stored(weight_gradient(bench, shape, bench.draw(*shape.y), bench.draw(*shape.x))))
+    return results
+
+
+@each_precision
+@each_shape
+def test_forward(mode, shape):
+    bench = Bench(mode)
+    x, w = bench.draw(*shape.x), bench.draw(*shape.w)
+    y = gathered(bench, shape, x, w, transposed=False)
+    bench.assert_close(y, reference.conv_forward(x, w, *shape.window), w[0].size)
+
+
+@each_precision
+@each_shape
+def test_backward_data(mode, shape):
+    bench = Bench(mode)
+    dy, w = bench.draw(*shape.y), bench.draw(*shape.w)
+    dx = gathered(bench, shape, dy, w, transposed=True)
+    bench.assert_close(dx, reference.conv_backward_data(dy, w, shape.x, *shape.window), w[:, 0].size)
+
+
+@each_precision
+@each_shape
+def test_backward_weight(mode, shape):
+    bench = Bench(mode)
+    dy, x = bench.draw(*shape.y), bench.draw(*shape.x)
+    dw = weight_gradient(bench, shape, dy, x)
+    bench.assert_close(dw, reference.conv_backward_weight(dy, x, shape.w, *shape.window), max(dy[:, 0].size, POINTS_OF_A_TILE))
+
+
+POINTS_OF_A_TILE = 36  # a sum over fewer pixels still passes through the sums of the transforms
+
+
+@pytest.mark.parametrize("channels", [64, 512])
+def test_error_is_near_that_of_direct_sums(channels):
+    """Root mean square, on inputs as ReLU leaves them: the points are chosen for it (with 0, +-1, +-2 it is five times as much)."""
+    shape = Shape(2, channels, 32, 16, 16, 3, 1, 1)
+    bench = Bench(Mode("fp32", "vector"))
+    x, w = np.maximum(bench.draw(*shape.x), 0), bench.draw(*shape.w)
+    expected = reference.conv_forward(x, w, *shape.window)
+
+    def error(y):
+        return np.sqrt(np.square(bench.read(y) - expected).mean())
+
+    transformed = error(gathered(bench, shape, x, w, transposed=False))
+    bench = Bench(Mode("fp32", "vector"))
+    found, y = conv_of(bench, shape), bench.out_image(shape.y)
+    packed = bench.scratch(conv.packed_shape(found, False))
+    conv.pack(bench.plan, "pack", found, bench.array(w), packed, False)
+    conv.forward(bench.plan, "conv", found, bench.image(x), packed, y)
+    bench.run()
+    assert transformed < 3 * error(y)
+
+
+@each_precision
+def test_weights_are_rounded_to_the_storage_precision(mode):
+    """One tap in the middle: of its transform, the point at 0 is the weight times the constants of that point."""
+    w = np.zeros((16, 16, 3, 3))
+    w[3, 5, 2, 2] = 1 / 3
+    shape = Shape(1, 16, 16, 4, 4, 3, 1, 1)
+    bench = Bench(mode)
+    packed = bench.out_array(*winograd.packed_shape(conv_of(bench, shape), False))
+    winograd.pack(bench.plan, "pack", conv_of(bench, shape), bench.array(w), packed, False)
+    bench.run()
+    stored = bench.stored(packed)
+    assert stored[0, 35, 5, 3] == np.float32(w[3, 5, 2, 2]).astype(mode.storage)  # infinity x infinity: the last tap
+    assert np.count_nonzero(stored[0, 35]) == 1
+
+
+@pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[6], SHAPES[9]], ids=str)
+@pytest.mark.parametrize(("panel", "channels", "groups"), [(16, 16, 64), (48, 32, 1)])
+def test_work_group_sizes_change_no_bit(monkeypatch, shape, panel, channels, groups):
+    usual = passes(shape)
+    found = conv_of(Bench(Mode("fp32", "vector")), shape)
+    segments = winograd.segments(found)
+    monkeypatch.setattr(winograd, "segments", lambda conv: segments)
+    monkeypatch.setattr(winograd, "PANEL", panel)
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", channels)
+    monkeypatch.setattr(winograd, "LEAST_GROUPS", groups)
+    for bits, others in zip(usual, passes(shape), strict=True):
+        np.testing.assert_array_equal(bits, others)
+
+
+def test_little_local_memory_changes_no_bit():
+    class Small(Device):
+        local_bytes = 2**17 + winograd.RESERVE
+
+    shape = SHAPES[5]
+    for bits, others in zip(passes(shape), passes(shape, Small(choose_device())), strict=True):
+        np.testing.assert_array_equal(bits, others)
+
+
+def test_what_is_left_to_the_direct_sums():
+    found = conv_of(Bench(Mode("fp32", "vector")), SHAPES[2])
+    others = [{"kernel": 1, "padding": 0}, {"stride": 2}, {"groups": 2}, {"in_channels": 3}, {"vector": 1}, {"local_bytes": 2**14}]
+    assert not any(winograd.suits(replace(found, **change)) for change in others)
+
+
+def test_order_of_the_weight_gradient_is_the_same_for_every_vector_width():
+    found = replace(conv_of(Bench(Mode("fp32", "vector")), SHAPES[3]), images=100)
+    assert len({winograd.segments(replace(found, vector=v, local_bytes=b)) for v, b in [(8, 2**20), (16, 2**18)]}) == 1
+
+
+def test_kernels_are_the_ones_expected():
+    bench = Bench(Mode("fp16", "vector"))
+    weight_gradient(bench, SHAPES[9], bench.draw(*SHAPES[9].y), bench.draw(*SHAPES[9].x))
+    assert [f"{e.stem}_{e.verb}" for e in bench.plan if isinstance(e, Launch)] == ["winograd_weight", "winograd_reduce"]
+    bench = Bench(Mode("fp16", "vector"))
+    weight_gradient(bench, SHAPES[11], bench.draw(*SHAPES[11].y), bench.draw(*SHAPES[11].x))
+    assert [f"{e.stem}_{e.verb}" for e in bench.plan if isinstance(e, Launch)] == ["winograd_weight"]
+    assert device_for("vector").vector > 1
+
+
+def test_geometry_is_the_struct_of_the_kernels():
+    struct = struct_in("winograd", "Geometry")
+    assert [field.name for field in fields(winograd.Geometry)] == list(struct.names)
+    assert all(struct[name] == np.int32 for name in struct.names)
