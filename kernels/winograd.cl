@@ -40,6 +40,10 @@
 #define MOST_SEGMENTS 32
 #define PAD BLOCK      // floats between the planes of two points, so that they fall into different cache sets
 
+#ifndef PREFETCH
+#define PREFETCH(p) __builtin_prefetch(p)
+#endif
+
 #define P 0.625f
 #define Q 1.5f
 #define P2 (P * P)
@@ -54,9 +58,9 @@ typedef struct {
     int out_blocks, out_height, out_width;       // y
     int tile_rows, tile_cols;                    // tiles of an image
     int padding;
-    int group_tiles;     // tiles that a work-group handles at once, a multiple of TILE_P in winograd_gather
-    int group_channels;  // winograd_gather: output channels of a work-group; winograd_weight: input channels
-    int panel;           // winograd_gather: output channels whose products are held at once; winograd_weight: output channels
+    int group_tiles;     // tiles that a work-group transforms at once, a multiple of TILE_P in winograd_gather
+    int chunk;           // input blocks that it transforms at once
+    int panel;           // output channels that it computes, a multiple of TILE_O
     int segments;        // winograd_weight: parts into which the images are divided
     int segment_size;    // floats between their sums
     int out_channels, in_channels;
@@ -129,16 +133,20 @@ void winograd_transform_out(__local const float *restrict m, const int plane, __
     }
 }
 
-// products[TILE_P][TILE_O] of a register tile: x[block][TILE_P][BLOCK] * u[block][BLOCK][TILE_O], summed over blocks and channels;
-// `step` floats lie between two blocks of x. All other offsets are constants: the loop needs two addresses.
+// products[TILE_P][TILE_O] of a register tile += x[block][TILE_P][BLOCK] * u[block][BLOCK][TILE_O], summed over blocks and
+// channels; `step` floats lie between two blocks of x. All other offsets are constants: the loop needs two addresses.
 void winograd_multiply(__local const float *restrict x, __global const float *restrict u, __local float *restrict products,
-                       const int blocks, const int step)
+                       const int blocks, const int step, const int fresh, __global const float *restrict next)
 {
     vec sum[TILE_V][TILE_P];
     UNROLL for (int v = 0; v < TILE_V; v++)
         UNROLL for (int p = 0; p < TILE_P; p++) sum[v][p] = 0;
-    for (int i = 0; i < blocks; i++, x += step, u += BLOCK * TILE_O)
+    if (!fresh)
+        UNROLL for (int v = 0; v < TILE_V; v++)
+            UNROLL for (int p = 0; p < TILE_P; p++) sum[v][p] = LOADL(products + p * TILE_O + v * VEC);
+    for (int i = 0; i < blocks; i++, x += step, u += BLOCK * TILE_O, next += BLOCK * TILE_O)
         UNROLL for (int l = 0; l < BLOCK; l++) {
+            PREFETCH(next + l * TILE_O);
             vec weight[TILE_V];
             UNROLL for (int v = 0; v < TILE_V; v++) weight[v] = LOADF(u + l * TILE_O + v * VEC);
             UNROLL for (int p = 0; p < TILE_P; p++) {
@@ -150,51 +158,56 @@ void winograd_multiply(__local const float *restrict x, __global const float *re
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[v][p], products + p * TILE_O + v * VEC);
 }
 
-// Work-group = (group of tiles, part of the output channels). u [output tile][point][input channel][TILE_O].
+// Work-group = (group of tiles, panel of the output channels). It transforms a chunk of input blocks, adds what they give to the
+// products of all its output channels, and goes on with the next chunk: both stay in the second-level cache.
+// u [output tile][point][input channel][TILE_O].
 __kernel SINGLE void winograd_gather(
     __global const act *restrict x, __global const float *restrict u, __global act *restrict y,
     __constant Geometry *restrict geometry,
-    __local float *restrict inputs,    // [POINTS]([in_blocks][group_tiles][BLOCK] + PAD): transformed input
+    __local float *restrict inputs,    // [POINTS]([chunk][group_tiles][BLOCK] + PAD): transformed input
     __local float *restrict products)  // [POINTS]([panel / TILE_O][group_tiles][TILE_O] + PAD)
 {
     const Geometry g = *geometry;
     const int image_tiles = g.tile_rows * g.tile_cols;
     const int first = get_global_id(0) * g.group_tiles, tiles = min(g.group_tiles, g.images * image_tiles - first);
-    const int step = g.group_tiles * BLOCK, plane = g.in_blocks * step + PAD, product_plane = g.group_tiles * g.panel + PAD;
+    const int o0 = get_global_id(1) * g.panel, outs = min(g.panel, g.out_blocks * BLOCK - o0);
+    const int step = g.group_tiles * BLOCK, plane = g.chunk * step + PAD, product_plane = g.group_tiles * g.panel + PAD;
 
-    for (int i = 0; i < g.in_blocks; i++)
-        for (int t = 0; t < tiles; t++) {
-            const int n = (first + t) / image_tiles, place = (first + t) % image_tiles;
-            __global const act *image = x + ((long)n * g.in_blocks + i) * g.in_height * g.in_width * BLOCK;
-            UNROLL for (int lane = 0; lane < BLOCK; lane += VEC)
-                winograd_transform_in(image + lane, inputs + i * step + t * BLOCK + lane, plane,
-                                      place / g.tile_cols * OUT - g.padding, place % g.tile_cols * OUT - g.padding,
-                                      g.in_height, g.in_width);
-        }
+    for (int i0 = 0; i0 < g.in_blocks; i0 += g.chunk) {
+        const int blocks = min(g.chunk, g.in_blocks - i0);
+        for (int i = 0; i < blocks; i++)
+            for (int t = 0; t < tiles; t++) {
+                const int n = (first + t) / image_tiles, place = (first + t) % image_tiles;
+                __global const act *image = x + ((long)n * g.in_blocks + i0 + i) * g.in_height * g.in_width * BLOCK;
+                UNROLL for (int lane = 0; lane < BLOCK; lane += VEC)
+                    winograd_transform_in(image + lane, inputs + i * step + t * BLOCK + lane, plane,
+                                          place / g.tile_cols * OUT - g.padding, place % g.tile_cols * OUT - g.padding,
+                                          g.in_height, g.in_width);
+            }
+        for (int t = tiles; t % TILE_P; t++)  // the last register tile computes these and drops them
+            for (int point = 0; point < POINTS; point++)
+                for (int i = 0; i < blocks * BLOCK; i += VEC)
+                    STOREL((vec)(0), inputs + point * plane + i / BLOCK * step + t * BLOCK + i % BLOCK);
 
-    for (int t = tiles; t % TILE_P; t++)  // the last register tile computes these and drops them
         for (int point = 0; point < POINTS; point++)
-            for (int i = 0; i < g.in_blocks * BLOCK; i += VEC)
-                STOREL((vec)(0), inputs + point * plane + i / BLOCK * step + t * BLOCK + i % BLOCK);
-
-    const int stop = min(g.out_blocks * BLOCK, ((int)get_global_id(1) + 1) * g.group_channels);
-    for (int o0 = get_global_id(1) * g.group_channels; o0 < stop; o0 += g.panel) {
-        const int wide = min(g.panel, stop - o0);
-        for (int point = 0; point < POINTS; point++)
-            for (int o = 0; o < wide; o += TILE_O)
+            for (int o = 0; o < outs; o += TILE_O) {
+                const int wrap = o + TILE_O >= outs;  // the weights that are used next: of the next channels, or the next point
+                __global const float *us = u + (((long)(o0 + o) / TILE_O * POINTS + point) * g.in_blocks + i0) * BLOCK * TILE_O;
+                __global const float *next = us + (wrap ? 1 - o / TILE_O * POINTS : POINTS) * g.in_blocks * BLOCK * TILE_O;
                 for (int t = 0; t < tiles; t += TILE_P)
-                    winograd_multiply(inputs + point * plane + t * BLOCK,
-                                      u + ((long)(o0 + o) / TILE_O * POINTS + point) * g.in_blocks * BLOCK * TILE_O,
-                                      products + point * product_plane + o * g.group_tiles + t * TILE_O, g.in_blocks, step);
-        for (int t = 0; t < tiles; t++) {
-            const int n = (first + t) / image_tiles, place = (first + t) % image_tiles;
-            const int row = place / g.tile_cols * OUT, col = place % g.tile_cols * OUT;
-            for (int o = 0; o < wide; o += VEC)
-                winograd_transform_out(products + o / TILE_O * TILE_O * g.group_tiles + t * TILE_O + o % TILE_O, product_plane,
-                    y + (((long)n * g.out_blocks + (o0 + o) / BLOCK) * g.out_height * g.out_width
-                         + row * g.out_width + col) * BLOCK + (o0 + o) % BLOCK,
-                    g.out_width, g.out_height - row, g.out_width - col);
-        }
+                    winograd_multiply(inputs + point * plane + t * BLOCK, us,
+                                      products + point * product_plane + o * g.group_tiles + t * TILE_O, blocks, step, i0 == 0,
+                                      next);
+            }
+    }
+    for (int t = 0; t < tiles; t++) {
+        const int n = (first + t) / image_tiles, place = (first + t) % image_tiles;
+        const int row = place / g.tile_cols * OUT, col = place % g.tile_cols * OUT;
+        for (int o = 0; o < outs; o += VEC)
+            winograd_transform_out(products + o / TILE_O * TILE_O * g.group_tiles + t * TILE_O + o % TILE_O, product_plane,
+                y + (((long)n * g.out_blocks + (o0 + o) / BLOCK) * g.out_height * g.out_width
+                     + row * g.out_width + col) * BLOCK + (o0 + o) % BLOCK,
+                g.out_width, g.out_height - row, g.out_width - col);
     }
 }
 
@@ -284,14 +297,14 @@ void winograd_transform_weight_grad(__local const float *restrict m, const int p
 __kernel SINGLE void winograd_weight(
     __global const act *restrict x, __global const act *restrict dy, __global float *restrict dw,
     __constant Geometry *restrict geometry,
-    __local float *restrict inputs,  // [POINTS]([group_tiles][row] + PAD): transformed input, row = group_channels up to TILE_E
+    __local float *restrict inputs,  // [POINTS]([group_tiles][row] + PAD): transformed input, row = chunk * BLOCK up to TILE_E
     __local float *restrict grads,   // [POINTS]([panel / TILE_O][group_tiles][TILE_O] + PAD): transformed gradient
     __local float *restrict sums)    // [POINTS]([panel / TILE_O][row][TILE_O] + PAD)
 {
     const Geometry g = *geometry;
-    const int segment = get_global_id(0), i0 = get_global_id(1) * g.group_channels, o0 = get_global_id(2) * g.panel;
-    const int ins = min(g.group_channels, g.in_blocks * BLOCK - i0), outs = min(g.panel, g.out_blocks * BLOCK - o0);
-    const int padded = (g.group_channels + TILE_E - 1) / TILE_E * TILE_E, row = (padded + BLOCK - 1) / BLOCK * BLOCK;
+    const int segment = get_global_id(0), i0 = get_global_id(1) * g.chunk * BLOCK, o0 = get_global_id(2) * g.panel;
+    const int ins = min(g.chunk, g.in_blocks - i0 / BLOCK) * BLOCK, outs = min(g.panel, g.out_blocks * BLOCK - o0);
+    const int padded = (g.chunk * BLOCK + TILE_E - 1) / TILE_E * TILE_E, row = (padded + BLOCK - 1) / BLOCK * BLOCK;
     const int plane = g.group_tiles * row + PAD, grad_plane = g.group_tiles * g.panel + PAD, sum_plane = padded * g.panel + PAD;
     const int image_tiles = g.tile_rows * g.tile_cols;
     const int last = (int)((long)g.images * (segment + 1) / g.segments) * image_tiles;

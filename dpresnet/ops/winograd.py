@@ -13,10 +13,12 @@ from dpresnet.plan import Constant, Local, Plan, Tensor, blocks_of
 EDGE, OUT = 6, 4  # rows and columns of a transformed tile, and of its outputs
 POINTS = EDGE * EDGE
 TAPS = 9
-PANEL = 64  # channels whose products are held at once
-LEAST_CHANNELS = 128  # output channels for which a work-group transforms its input
-LEAST_GROUPS = 32  # work-groups that keep the compute units of a CPU busy to the end
+CHUNK = 4  # input blocks that winograd_gather transforms at once
+GATHER_PANEL = 128  # output channels for which it does so
+PANEL = 64  # channels, of both sides, whose weight gradient is summed at once
+WEIGHT_TILES = 16  # over how many tiles at a time
 MOST_SEGMENTS = 32  # see winograd_reduce
+LAST_LEVEL_BYTES = 16 * 2**20
 RESERVE = 32 * 1024  # bytes of local memory that drivers take for themselves
 
 
@@ -35,7 +37,7 @@ class Geometry:
     tile_cols: int
     padding: int
     group_tiles: int
-    group_channels: int
+    chunk: int
     panel: int
     segments: int
     segment_size: int
@@ -67,9 +69,8 @@ def suits(conv: Conv) -> bool:
 
 def least_local_bytes(conv: Conv) -> int:
     """Local memory of the smallest work-groups, for the pass that needs most."""
-    passes = [gather_floats(geometry_of(conv, t, conv.defines["TILE_P"], conv.tile_channels)) for t in (False, True)]
-    smallest = geometry_of(conv, False, 1, conv.tile_channels, BLOCK)
-    return 4 * max(*map(sum, passes), sum(weight_floats(smallest, conv.defines["TILE_E"])))
+    smallest = geometry_of(conv, False, conv.defines["TILE_P"], 1, conv.tile_channels)
+    return 4 * max(sum(gather_floats(smallest)), sum(weight_floats(smallest, conv.defines["TILE_E"])))
 
 
 def packed_shape(conv: Conv, transposed: bool) -> tuple[int, ...]:
@@ -77,7 +78,7 @@ def packed_shape(conv: Conv, transposed: bool) -> tuple[int, ...]:
     return (conv.tiles(transposed), POINTS, blocks_of(conv.ends(transposed)[1]) * BLOCK, conv.tile_channels)
 
 
-def geometry_of(conv: Conv, transposed: bool, group_tiles: int = 0, panel: int = 0, group_channels: int = 0) -> Geometry:
+def geometry_of(conv: Conv, transposed: bool, group_tiles: int = 0, chunk: int = 0, panel: int = 0) -> Geometry:
     """Geometry of one launch."""
     outs, ins = conv.ends(transposed)
     sizes = (conv.height, conv.width), (conv.out_height, conv.out_width)
@@ -88,7 +89,7 @@ def geometry_of(conv: Conv, transposed: bool, group_tiles: int = 0, panel: int =
         out_blocks=blocks_of(outs), out_height=out_height, out_width=out_width,
         tile_rows=-(-out_height // OUT), tile_cols=-(-out_width // OUT),
         padding=2 - conv.padding if transposed else conv.padding,
-        group_tiles=group_tiles, group_channels=group_channels, panel=panel,
+        group_tiles=group_tiles, chunk=chunk, panel=panel,
         segments=segments(conv), segment_size=blocks_of(weights) * BLOCK,
         out_channels=outs, in_channels=ins, transposed=int(transposed),
     )  # fmt: skip
@@ -102,36 +103,43 @@ def segments(conv: Conv) -> int:
 
 def gather_floats(g: Geometry) -> list[int]:
     """Floats of the transformed input and of the products of a work-group of winograd_gather."""
-    return [POINTS * (g.group_tiles * channels + BLOCK) for channels in (g.in_blocks * BLOCK, g.panel)]
+    return [POINTS * (g.group_tiles * channels + BLOCK) for channels in (g.chunk * BLOCK, g.panel)]
 
 
 def weight_floats(g: Geometry, edge: int) -> list[int]:
     """Floats of the transformed input, the transformed gradient and their products of a work-group of winograd_weight."""
-    padded = -(-g.group_channels // edge) * edge
+    padded = -(-g.chunk * BLOCK // edge) * edge
     sizes = (g.group_tiles * blocks_of(padded) * BLOCK, g.group_tiles * g.panel, padded * g.panel)
     return [POINTS * (size + BLOCK) for size in sizes]
 
 
 def gather_groups(conv: Conv, transposed: bool) -> Geometry:
-    """Chooses how many tiles and output channels one work-group of winograd_gather handles at once.
+    """Chooses how many tiles, input blocks and output channels one work-group of winograd_gather handles at once.
 
-    The transformed input and the products of a panel of output channels are to stay in the second-level cache.
+    Transformed input and products are to stay in the second-level cache. Weights beyond the last-level cache are read for more
+    tiles at a time. None of it changes the order of any sum.
     """
-    edge, lanes = conv.defines["TILE_P"], conv.tile_channels
-    tiles, panel = 2 * edge, min(PANEL, conv.tiles(transposed) * lanes)
-    g = geometry_of(conv, transposed, tiles, panel)
-    while 4 * sum(gather_floats(g)) > conv.local_bytes - RESERVE:
-        g = replace(g, panel=g.panel - lanes) if g.panel > lanes else replace(g, group_tiles=g.group_tiles - edge)
-    groups = -(-g.tiles // g.group_tiles)
-    outs = g.out_blocks * BLOCK
-    parts = max(1, min(outs // LEAST_CHANNELS, -(-LEAST_GROUPS // groups)))
-    return replace(g, group_channels=-(-outs // (parts * lanes)) * lanes)
+    edge, lanes, panels = conv.defines["TILE_P"], conv.tile_channels, conv.tiles(transposed)
+    streamed = 4 * int(np.prod(packed_shape(conv, transposed))) > LAST_LEVEL_BYTES
+    panel = min(GATHER_PANEL // lanes, panels) * lanes
+    g = geometry_of(conv, transposed, (4 if streamed else 2) * edge, CHUNK, panel)
+    g = replace(g, chunk=min(CHUNK, g.in_blocks))
+    while 4 * sum(gather_floats(g)) > conv.local_bytes - RESERVE and g != smaller(g, edge, lanes):
+        g = smaller(g, edge, lanes)
+    return g
+
+
+def smaller(g: Geometry, edge: int, lanes: int) -> Geometry:
+    """The next smaller work-group: of ``edge`` tiles at least, then of fewer channels."""
+    if g.group_tiles > edge:
+        return replace(g, group_tiles=max(edge, g.group_tiles // 2 // edge * edge))
+    return replace(g, chunk=-(-g.chunk // 2), panel=max(1, g.panel // lanes // 2) * lanes)
 
 
 def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, transposed: bool) -> None:
     """Appends a launch of winograd_gather; ``u`` is packed for this direction."""
     g = gather_groups(conv, transposed)
-    size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.group_channels))
+    size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.panel))
     args = [x, u, y, g.constant(), *(Local(4 * n) for n in gather_floats(g))]
     plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **conv.defines)
 
@@ -147,22 +155,19 @@ def backward_data(plan: Plan, name: str, conv: Conv, dy: Tensor, packed: Tensor,
 
 
 def weight_groups(conv: Conv) -> Geometry:
-    """Chooses the panel of channels and the tiles that one work-group of winograd_weight handles at once."""
+    """Chooses the tiles and the panel of channels that one work-group of winograd_weight handles at once."""
     edge, lanes = conv.defines["TILE_E"], conv.tile_channels
-    channels = min(PANEL, blocks_of(conv.in_channels) * BLOCK)
-    g = geometry_of(conv, False, BLOCK, min(PANEL, conv.tiles(False) * lanes), channels)
-    while 4 * sum(weight_floats(g, edge)) > conv.local_bytes - RESERVE:
-        if g.group_tiles > 4:
-            g = replace(g, group_tiles=g.group_tiles // 2)
-        else:
-            g = replace(g, group_channels=max(BLOCK, g.group_channels // 2), panel=max(lanes, g.panel // 2))
+    chunk = min(PANEL // BLOCK, blocks_of(conv.in_channels))
+    g = geometry_of(conv, False, WEIGHT_TILES, chunk, min(max(1, PANEL // lanes), conv.tiles(False)) * lanes)
+    while 4 * sum(weight_floats(g, edge)) > conv.local_bytes - RESERVE and g != smaller(g, 4, lanes):
+        g = smaller(g, 4, lanes)
     return g
 
 
 def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw: Tensor) -> None:
     """dw [O, C, 3, 3] from x and dy, in fp32."""
     g = weight_groups(conv)
-    parts = -(-g.in_blocks * BLOCK // g.group_channels), -(-g.out_blocks * BLOCK // g.panel)
+    parts = -(-g.in_blocks // g.chunk), -(-g.out_blocks * BLOCK // g.panel)
     single = g.segments == 1
     partial = dw if single else Tensor(f"{name}.partial", (g.segments, g.segment_size), np.dtype(np.float32))
     args = [x, dy, partial, g.constant(), *(Local(4 * n) for n in weight_floats(g, conv.defines["TILE_E"]))]

@@ -23,7 +23,7 @@ SHAPES = [
     Shape(2, 64, 272, 4, 5, 3, 1, 1),  # output channels divided among work-groups
     Shape(5, 48, 64, 7, 7, 3, 1, 1),  # one segment per image
     Shape(37, 16, 16, 4, 3, 3, 1, 1),  # the most segments there are, 32, and more images than that
-    Shape(1, 512, 32, 4, 4, 3, 1, 1),  # many channels: smaller groups of tiles fit in local memory
+    Shape(1, 512, 32, 4, 4, 3, 1, 1),  # several chunks of input channels
     Shape(1, 128, 512, 5, 2, 3, 1, 1),  # one segment: no partial sums
 ]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -132,15 +132,16 @@ def test_weights_are_rounded_to_the_storage_precision(mode):
 
 
 @pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[6], SHAPES[9]], ids=str)
-@pytest.mark.parametrize(("panel", "channels", "groups"), [(16, 16, 64), (48, 32, 1)])
-def test_work_group_sizes_change_no_bit(monkeypatch, shape, panel, channels, groups):
+@pytest.mark.parametrize(("chunk", "panel", "tiles"), [(1, 32, 8), (3, 64, 24)])
+def test_work_group_sizes_change_no_bit(monkeypatch, shape, chunk, panel, tiles):
     usual = passes(shape)
-    found = conv_of(Bench(Mode("fp32", "vector")), shape)
-    segments = winograd.segments(found)
+    segments = winograd.segments(conv_of(Bench(Mode("fp32", "vector")), shape))
     monkeypatch.setattr(winograd, "segments", lambda conv: segments)
+    monkeypatch.setattr(winograd, "CHUNK", chunk)
+    monkeypatch.setattr(winograd, "GATHER_PANEL", panel)
     monkeypatch.setattr(winograd, "PANEL", panel)
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", channels)
-    monkeypatch.setattr(winograd, "LEAST_GROUPS", groups)
+    monkeypatch.setattr(winograd, "WEIGHT_TILES", tiles)
+    monkeypatch.setattr(winograd, "LAST_LEVEL_BYTES", 0)
     for bits, others in zip(usual, passes(shape), strict=True):
         np.testing.assert_array_equal(bits, others)
 
@@ -156,7 +157,7 @@ def test_little_local_memory_changes_no_bit():
 
 def test_what_is_left_to_the_direct_sums():
     found = conv_of(Bench(Mode("fp32", "vector")), SHAPES[2])
-    others = [{"kernel": 1, "padding": 0}, {"stride": 2}, {"groups": 2}, {"in_channels": 3}, {"vector": 1}, {"local_bytes": 2**14}]
+    others = [{"kernel": 1, "padding": 0}, {"stride": 2}, {"groups": 2}, {"in_channels": 3}, {"vector": 1}, {"local_bytes": 2**13}]
     assert not any(winograd.suits(replace(found, **change)) for change in others)
 
 
