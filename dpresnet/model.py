@@ -12,9 +12,9 @@ from dpresnet.nn import Recorder
 from dpresnet.ops import augment, cast, sgd
 from dpresnet.plan import Plan, Tensor, aligned, insert_ready, place_by_liveness, place_in_order
 from dpresnet.resnet import Options, resnet
-from dpresnet.state import FLOAT, Packed, Parameter, State
+from dpresnet.state import FLOAT, Parameter, State
 
-SHARED = ("parameter", "momentum", "buffer", "packed", "update")  # homes that the replicas of a process have in common
+SHARED = ("parameter", "momentum", "buffer", "update")  # homes that the replicas of a process have in common
 PRIVATE = ("work", "gradient", "statistic", "io")
 
 
@@ -30,9 +30,13 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One plan and the arrays through which the host feeds it and reads it."""
+    """One plan and the arrays through which the host feeds it and reads it.
+
+    ``prepare`` runs before the first of several replays of the plan between which neither state nor the other plan changes.
+    """
 
     plan: Plan
+    prepare: Plan
     control: Tensor
     images: Tensor  # [N, C, H, W] u8 with ``samples``, or fp32 without
     samples: Tensor | None
@@ -61,7 +65,6 @@ class Model:
         self.state = State()
         self._smoothing, self._pixels = smoothing, pixels
         self.train, self.evaluate = self._record(train=True), self._record(train=False)
-        self.refresh = self._record_refresh()
         self.gradients = [p.grad for p in reversed(self.parameters)]  # about the order in which backward finishes them
         self.bytes = self._place()
         self.hyper = Tensor("hyper", (1,), sgd.HYPER, "update", place=(0, 0))
@@ -71,11 +74,6 @@ class Model:
     def parameters(self) -> list[Parameter]:
         """In the order of declaration."""
         return list(self.state.parameters.values())
-
-    @property
-    def packed(self) -> list[Packed]:
-        """Working copies of weights."""
-        return list(self.state.packed.values())
 
     @property
     def parameter_count(self) -> int:
@@ -115,13 +113,8 @@ class Model:
         labels, loss, correct = net.loss(logits, self._smoothing if train else 0.0)
         if train:
             net.backward()
-        return Recorded(net.plan, net.control, images, samples, labels, logits, loss, correct)
-
-    def _record_refresh(self) -> Plan:
-        plan = Plan(self.device, self.precision)
-        for packed in self.packed:
-            packed.record(plan)
-        return plan
+        prepare = Plan(self.device, self.precision) if train else net.prepare
+        return Recorded(net.plan, prepare, net.control, images, samples, labels, logits, loss, correct)
 
     def _record_update(self) -> Plan:
         plan = Plan(self.device, self.precision)
@@ -142,7 +135,7 @@ class Model:
         listed = [t for r in recorded for t in (*r.plan.tensors(), *r.host_tensors())]
         unique = list({id(t): t for t in listed}.values())
         limit = self.device.cl.max_mem_alloc_size
-        work = [place_by_liveness(r.plan, limit) for r in recorded]
+        work = [place_by_liveness(r.plan, limit, r.prepare) for r in recorded]
         longest = max(map(len, work))
         padded = [[*chunks, *[0] * (longest - len(chunks))] for chunks in work]
         return {
@@ -150,7 +143,6 @@ class Model:
             "momentum": [place_in_order([p.momentum for p in backwards])],
             "gradient": [place_in_order([p.grad for p in backwards])],
             "buffer": [place_in_order([b.value for b in self.state.buffers.values()])],
-            "packed": [place_in_order([p.tensor for p in self.packed])],
             "statistic": [place_in_order([t for t in unique if t.home == "statistic"])],
             "io": [place_in_order([t for t in unique if t.home == "io"])],
             "work": [max(pair) for pair in zip(*padded, strict=True)],

@@ -81,11 +81,16 @@ class Recorder:
     """Records one network for one batch size: forward by calling its layers, then `loss` and `backward`.
 
     ``train`` chooses batch statistics and keeps what backward needs; otherwise running statistics are used.
+
+    Weights are copied into the order that the kernels read. In training that happens within the step, right before the copy
+    is used: it is still in the cache then, and its memory serves the next layer. In evaluation it happens once, in the plan
+    ``prepare``, for as many batches as follow.
     """
 
     def __init__(self, state: State, device: Device, precision: str, images: int, train: bool):
         self.state, self.images, self.train = state, images, train
         self.plan = Plan(device, precision)
+        self.prepare = self.plan if train else Plan(device, precision)
         self.control = Tensor("control", (1,), CONTROL, "io")
         self.tape: list[Callable[[], None]] = []
         self.gradients: dict[Tensor, list[Tensor]] = {}  # the terms of each, see `terms`
@@ -147,25 +152,22 @@ class Recorder:
         weight = self.state.parameter(
             f"{name}.weight", (channels, x.channels // groups, kernel, kernel), "zeros" if zero else "kaiming"
         )
-
         ops = winograd if winograd.suits(shape) else conv
 
-        def working_copy(transposed: bool) -> Tensor:
-            label = f"{name}.{'transposed' if transposed else 'packed'}"
-            return self.state.working_copy(
-                label, ops.packed_shape(shape, transposed),
-                lambda plan, packed: ops.pack(plan, label, shape, weight.value, packed, transposed),
-            )  # fmt: skip
+        def packed(transposed: bool) -> Tensor:
+            copy = Tensor(f"{name}.{'transposed' if transposed else 'packed'}", ops.packed_shape(shape, transposed), FLOAT)
+            ops.pack(self.prepare, copy.name, shape, weight.value, copy, transposed)
+            return copy
 
         y = self.plan.image(name, x.images, channels, shape.out_height, shape.out_width)
-        ops.forward(self.plan, name, shape, x, working_copy(False), y)
+        ops.forward(self.plan, name, shape, x, packed(False), y)
 
         def backward() -> None:
             dy = self.gradient(y)
             ops.backward_weight(self.plan, weight.grad.name, shape, x, dy, weight.grad)
             if x.home == "work":  # images from the host need no gradient
-                packed = working_copy(True)
-                self.give(x, lambda dx: ops.backward_data(self.plan, f"{name}.dx", shape, dy, packed, dx))
+                turned = packed(True)
+                self.give(x, lambda dx: ops.backward_data(self.plan, f"{name}.dx", shape, dy, turned, dx))
 
         self.tape.append(backward)
         return y
@@ -184,7 +186,7 @@ class Recorder:
             batchnorm.statistics(self.plan, name, x, merged, self.control)
             self.plan.entries.append(Exchange(name, "statistics", merged, moments, x.height * x.width))
         else:
-            batchnorm.running(self.plan, f"{name}.running", x, mean.value, var.value, moments)
+            batchnorm.running(self.prepare, f"{name}.running", x, mean.value, var.value, moments)
         return Pending((norm,))
 
     def relu(self, x: Pending) -> Pending:
@@ -302,10 +304,8 @@ class Recorder:
         x = self.memory(x)
         weight = self.state.parameter(f"{name}.weight", (outputs, x.channels), "uniform", x.channels)
         bias = self.state.parameter(f"{name}.bias", (outputs,), "uniform", x.channels)
-        packed = self.state.working_copy(
-            f"{name}.packed", (outputs, x.blocks * BLOCK),
-            lambda plan, packed: linear.pack(plan, f"{name}.packed", weight.value, packed, x.channels),
-        )  # fmt: skip
+        packed = Tensor(f"{name}.packed", (outputs, x.blocks * BLOCK), FLOAT)
+        linear.pack(self.prepare, packed.name, weight.value, packed, x.channels)
         y = Tensor("logits", (x.images, blocks_of(outputs) * BLOCK), FLOAT, "io", channels=outputs)
         linear.forward(self.plan, name, x, packed, bias.value, y)
 

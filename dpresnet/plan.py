@@ -254,13 +254,16 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def place_by_liveness(plan: Plan, chunk_bytes: int) -> list[int]:
+def place_by_liveness(plan: Plan, chunk_bytes: int, prepare: Plan | None = None) -> list[int]:
     """Gives every intermediate its (chunk, offset); returns the bytes of each chunk.
+
+    What ``prepare`` writes is kept throughout, for any number of replays of the plan.
 
     Largest first, each at the lowest address that is free for its whole lifetime (greedy by size, Pisarchyk and Lee 2020,
     arXiv:2001.03288). A chunk is an allocation of at most ``chunk_bytes``, the device's limit.
     """
     spans = lifetimes(plan)
+    spans |= {tensor: (0, len(plan.entries)) for tensor in (lifetimes(prepare) if prepare else ())}
     placed: list[list[Tensor]] = []
     for tensor in sorted(spans, key=lambda t: -t.nbytes):
         need, (first, last) = aligned(tensor.nbytes), spans[tensor]

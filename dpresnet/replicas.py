@@ -52,11 +52,12 @@ class Replicas:
         self.all: list[Replica] = []
         for number in range(first, first + count):
             memory = Memory({**shared, **{home: self._arenas(home) for home in PRIVATE}})
-            plans = (model.train.plan, model.evaluate.plan)
+            plans = (model.train.plan, model.evaluate.plan, model.evaluate.prepare)
             self.all.append(Replica(number, memory, {plan: bind(plan, memory, constants) for plan in plans}))
         leader = self.all[0]
-        for plan in (model.refresh, model.update, model.check):
+        for plan in (model.update, model.check):
             leader.kernels[plan] = bind(plan, leader.memory, constants)
+        self._prepared: Recorded | None = None  # whose preparation the work arenas hold
         self.memory = leader.memory  # parameters, momentum and running statistics are the same for all
 
     def _arenas(self, home: str) -> list:
@@ -75,14 +76,16 @@ class Replicas:
         for launch, kernel in zip(plan, self.all[0].kernels[plan], strict=True):
             self.enqueue(launch, kernel)
 
-    def run(self, plan: Plan, exchange: Handler, ready: Handler, check: bool = False) -> NonFinite | None:
-        """Replays a plan on every replica.
+    def run(self, recorded: Recorded, exchange: Handler, ready: Handler, check: bool = False) -> NonFinite | None:
+        """Replays a plan on every replica, prepared where that is needed.
 
         ``exchange(entry)`` is called when replicas must agree; it has to wait for the device itself. ``ready(bucket, event)``
         is called when all launches of a bucket are enqueued. With ``check`` each entry is finished and searched for
         non-finite values, and the first is returned; the replay goes on, because other ranks wait for its exchanges.
         """
-        event, first = None, None
+        if self._prepared is not recorded:
+            self._prepare(recorded)
+        plan, event, first = recorded.plan, None, None
         for index, entry in enumerate(plan):
             match entry:
                 case Launch():
@@ -95,6 +98,12 @@ class Replicas:
             if check and first is None:
                 first = self.find_non_finite(index, entry)
         return first
+
+    def _prepare(self, recorded: Recorded) -> None:
+        for replica in self.all:
+            for launch, kernel in zip(recorded.prepare, replica.kernels.get(recorded.prepare, ()), strict=True):
+                self.enqueue(launch, kernel)
+        self._prepared = recorded
 
     def find_non_finite(self, index: int, entry: Entry) -> NonFinite | None:
         """The first replica and tensor into which this entry wrote a non-finite value."""
@@ -150,8 +159,8 @@ class Replicas:
                 arena.pull(0, arena.nbytes)
 
     def push_state(self) -> None:
-        """Makes the device side of the state current, and the working copies with it."""
+        """Makes the device side of the state current."""
         for home in ("parameter", "momentum", "buffer"):
             for arena in self.memory.homes[home]:
                 arena.push(0, arena.nbytes)
-        self.run_shared(self.model.refresh)
+        self._prepared = None

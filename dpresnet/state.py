@@ -1,14 +1,13 @@
-"""What a network is made of besides launches: its parameters, running statistics and working copies, by name."""
+"""What a network is made of besides launches: its parameters and running statistics, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from dpresnet.device import BLOCK
-from dpresnet.plan import Plan, Tensor, blocks_of
+from dpresnet.plan import Tensor, blocks_of
 
 FLOAT = np.dtype(np.float32)
 
@@ -40,21 +39,13 @@ class Buffer:
     value: Tensor
 
 
-@dataclass(eq=False)
-class Packed:
-    """A working copy of a parameter in the order its kernels read."""
-
-    tensor: Tensor
-    record: Callable[[Plan], None]
-
-
 def flat(name: str, size: int, home: str) -> Tensor:
     """An fp32 array padded to whole channel blocks, so that vectors may touch its last lanes."""
     return Tensor(name, (blocks_of(size) * BLOCK,), FLOAT, home)
 
 
 class State:
-    """Parameters, running statistics and working copies by name, in the order of their declaration.
+    """Parameters and running statistics by name, in the order of their declaration.
 
     Training and evaluation record the same network twice; both find the same arrays here.
     """
@@ -62,7 +53,6 @@ class State:
     def __init__(self) -> None:
         self.parameters: dict[str, Parameter] = {}
         self.buffers: dict[str, Buffer] = {}
-        self.packed: dict[str, Packed] = {}
 
     def parameter(self, name: str, shape: tuple[int, ...], init: str, fan_in: int = 0) -> Parameter:
         """The parameter of this name; declared on first use."""
@@ -78,10 +68,3 @@ class State:
         if name not in self.buffers:
             self.buffers[name] = Buffer(name, channels, flat(name, channels, "buffer"))
         return self.buffers[name]
-
-    def working_copy(self, name: str, shape: tuple[int, ...], record: Callable[[Plan, Tensor], None]) -> Tensor:
-        """A packed copy of a parameter, refreshed by ``record``; declared on first use."""
-        if name not in self.packed:
-            tensor = Tensor(name, shape, FLOAT, "packed")
-            self.packed[name] = Packed(tensor, lambda plan: record(plan, tensor))
-        return self.packed[name].tensor

@@ -105,7 +105,7 @@ class Trainer:
         self._moments.clear()
         self._local.clear()
         self._feed(self.model.train, batches, count, seed, epoch, augment)
-        self._first_bad = self.replicas.run(self.model.train.plan, self._agree, self._mark_ready, self.check)
+        self._first_bad = self.replicas.run(self.model.train, self._agree, self._mark_ready, self.check)
         while self._ready:
             self._ready[0][1].wait()
             self._progress()
@@ -118,7 +118,7 @@ class Trainer:
     def evaluate(self, batches: Sequence[tuple]) -> Outcome:
         """Loss and correct answers of one global batch with running statistics."""
         self._feed(self.model.evaluate, batches, 1, 0, 0, False)
-        self._first_bad = self.replicas.run(self.model.evaluate.plan, self._agree, self._mark_ready, self.check)
+        self._first_bad = self.replicas.run(self.model.evaluate, self._agree, self._mark_ready, self.check)
         loss, correct, _ = self._sums(self.model.evaluate, batches, 0)
         culprit = self._culprit() if self._first_bad else ""
         return Outcome(sum(len(images) for images, *_ in batches), loss, correct, culprit=culprit)
@@ -134,7 +134,6 @@ class Trainer:
         values["nesterov"], values["grad_factor"] = hyper.nesterov, 1 / self.scaler.scale
         self.replicas.memory.write(self.model.hyper, values)
         self.replicas.run_shared(self.model.update)
-        self.replicas.run_shared(self.model.refresh)
         self.commit_running_statistics()
 
     def _found_non_finite(self) -> bool:
@@ -242,7 +241,7 @@ class Trainer:
     def explain(self, batches: Sequence[tuple], count: int, seed: int, epoch: int) -> str:
         """Replays the batch entry by entry and names the first non-finite value over all ranks."""
         self._feed(self.model.train, batches, count, seed, epoch, True)
-        self._first_bad = self.replicas.run(self.model.train.plan, self._agree, lambda bucket, event: None, check=True)
+        self._first_bad = self.replicas.run(self.model.train, self._agree, lambda bucket, event: None, check=True)
         return self._culprit()
 
     def _culprit(self) -> str:

@@ -67,7 +67,6 @@ typedef struct {
     int transposed;      // winograd_pack: 1 = weights of the gradient of the input
 } Geometry;
 
-#if VEC > 1
 // v[0..5] = B^T v, one column or row of a tile.
 #define TRANSFORM_IN(v0, v1, v2, v3, v4, v5)                             \
     {                                                                    \
@@ -341,7 +340,6 @@ __kernel SINGLE void winograd_weight(
                 dw + (long)segment * g.segment_size + ((long)(o0 + o) * g.in_channels + i0 + i) * 9, (long)g.in_channels * 9,
                 min(VEC, g.out_channels - o0 - o));
 }
-#endif
 
 // dw = the segments added in a halving tree, as ((0 + 2) + (1 + 3)) for four.
 __kernel void winograd_reduce(const int elements, __global const float *restrict partial, __global float *restrict dw,
@@ -356,44 +354,60 @@ __kernel void winograd_reduce(const int elements, __global const float *restrict
     }
 }
 
-// One work-item per (channel read, vector of channels computed).
+// U = G w G^T of one vector of output channels, w[tap * TILE_O] and out[point * step].
+void winograd_transform_weight(const float *restrict w, __global float *restrict out, const long step)
+{
+#define TRANSFORM_WEIGHT(w0, w1, w2, out)                                     \
+    {                                                                         \
+        const vec even_p = AT_P * w0 + AT_P * P2 * w2, odd_p = AT_P * P * w1; \
+        const vec even_q = AT_Q * w0 + AT_Q * Q2 * w2, odd_q = AT_Q * Q * w1; \
+        out(0, AT_0 * w0);                                                    \
+        out(1, even_p + odd_p);                                               \
+        out(2, even_p - odd_p);                                               \
+        out(3, even_q + odd_q);                                               \
+        out(4, even_q - odd_q);                                               \
+        out(5, w2);                                                           \
+    }
+    vec t[EDGE][3];
+    UNROLL for (int c = 0; c < 3; c++) {
+        vec v[3];
+        UNROLL for (int r = 0; r < 3; r++) {
+            v[r] = *(const vec *)(w + (r * 3 + c) * TILE_O);
+#if HALF
+            v[r] = ROUND_HALF(v[r]);
+#endif
+        }
+#define DOWN(r, value) t[r][c] = value
+        TRANSFORM_WEIGHT(v[0], v[1], v[2], DOWN)
+#undef DOWN
+    }
+    UNROLL for (int r = 0; r < EDGE; r++) {
+#define ACROSS(c, value) STOREF(value, out + (r * EDGE + c) * step)
+        TRANSFORM_WEIGHT(t[r][0], t[r][1], t[r][2], ACROSS)
+#undef ACROSS
+    }
+}
+
+// packed [output tile][point][channel][TILE_O] from master [out][in][9], rounded to fp16 when activations are; transposed: from
+// [in][out][9], turned by 180 degrees. One work-item per (input block, output tile): it writes whole cache lines.
 __kernel void winograd_pack(__global const float *restrict master, __global float *restrict packed,
                             __constant Geometry *restrict geometry)
 {
     const Geometry g = *geometry;
-    const int i = get_global_id(0), o = get_global_id(1) * VEC, rows = get_global_size(0);
-    const int ins = g.in_channels, outs = g.out_channels;
-    vec w[9], t[EDGE][3];
-    for (int k = 0; k < 9; k++) {
-        w[k] = 0;
-        for (int l = 0; l < VEC; l++)
-            if (i < ins && o + l < outs)
-                ((float *)&w[k])[l] = g.transposed ? master[((long)i * outs + o + l) * 9 + 8 - k]
-                                                   : master[((long)(o + l) * ins + i) * 9 + k];
-#if HALF
-        w[k] = ROUND_HALF(w[k]);
-#endif
-    }
-#define TRANSFORM_WEIGHT(a, b, c, out)                                  \
-    {                                                                   \
-        const vec even_p = AT_P * a + AT_P * P2 * c, odd_p = AT_P * P * b; \
-        const vec even_q = AT_Q * a + AT_Q * Q2 * c, odd_q = AT_Q * Q * b; \
-        out(0) = AT_0 * a;                                              \
-        out(1) = even_p + odd_p;                                        \
-        out(2) = even_p - odd_p;                                        \
-        out(3) = even_q + odd_q;                                        \
-        out(4) = even_q - odd_q;                                        \
-        out(5) = c;                                                     \
-    }
-    for (int k = 0; k < 3; k++) {
-#define DOWN(r) t[r][k]
-        TRANSFORM_WEIGHT(w[k], w[3 + k], w[6 + k], DOWN)
-    }
-    __global float *out = packed + ((long)(o / TILE_O) * POINTS * rows + i) * TILE_O + o % TILE_O;
-    for (int r = 0; r < EDGE; r++) {
-        vec u[EDGE];
-#define ACROSS(c) u[c]
-        TRANSFORM_WEIGHT(t[r][0], t[r][1], t[r][2], ACROSS)
-        for (int c = 0; c < EDGE; c++) STOREF(u[c], out + (long)(r * EDGE + c) * rows * TILE_O);
+    const int i0 = get_global_id(0) * BLOCK, o0 = get_global_id(1) * TILE_O, rows = get_global_size(0) * BLOCK;
+    const int ins = min(BLOCK, g.in_channels - i0), outs = min(TILE_O, g.out_channels - o0);
+    const long step_i = g.transposed ? g.out_channels * 9 : 9, step_o = g.transposed ? 9 : g.in_channels * 9;
+    __global const float *source = master + i0 * step_i + o0 * step_o;
+    __global float *out = packed + ((long)get_global_id(1) * POINTS * rows + i0) * TILE_O;
+    float w[9 * TILE_O] __attribute__((aligned(64)));
+    for (int k = 0; k < 9 * TILE_O; k++) w[k] = 0;
+    for (int i = 0; i < BLOCK; i++, source += step_i) {
+        if (i < ins)
+            for (int o = 0; o < outs; o++)
+                UNROLL for (int k = 0; k < 9; k++) w[k * TILE_O + o] = source[o * step_o + (g.transposed ? 8 - k : k)];
+        else
+            for (int k = 0; k < 9 * TILE_O; k++) w[k] = 0;
+        for (int o = 0; o < TILE_O; o += VEC)
+            winograd_transform_weight(w + o, out + i * TILE_O + o, (long)rows * TILE_O);
     }
 }

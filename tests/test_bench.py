@@ -69,19 +69,21 @@ def test_ops(tmp_path, precision):
     found, printed = bench("ops", *TINY, "--rounds", "2", "--precision", precision, folder=tmp_path)
     assert_whence(found, "ops")
     results, rows = found["results"], found["results"]["rows"]
-    assert {row["plan"] for row in rows} == {"train", "check", "update", "refresh"}
+    assert {row["plan"] for row in rows} == {"train", "check", "update"}
     assert len(rows) == results["step"]["launches"]
     lost = [row["lost_s"] for row in rows]
     assert lost == sorted(lost, reverse=True)
     for row in rows:
         assert len(row["seconds"]) == len(row["shares"]) == 2
-        assert all(0 < share <= 1.2 for share in row["shares"])
+        most = 4.8 if row["kernel"].startswith("winograd_") else 1.2  # flops are counted as those of direct sums
+        assert all(0 < share <= most for share in row["shares"])
         assert row["limit"] == ("fma" if row["flops"] else "cache")
         assert row["name"] in printed
     assert sum(k["seconds"] for k in results["kernels"]) == pytest.approx(results["sum_s"])
     assert sum(k["launches"] for k in results["kernels"]) == len(rows)
     assert sum(k["of_sum"] for k in results["kernels"]) == pytest.approx(1)
-    convolutions = sum(r["median_s"] for r in rows if r["kernel"].startswith("conv_") and r["kernel"] != "conv_pack")
+    direct = sum(r["median_s"] for r in rows if r["kernel"].startswith("conv_") and r["kernel"] != "conv_pack")
+    convolutions = direct + sum(r["median_s"] for r in rows if r["kernel"].startswith("winograd_") and r["kernel"] != "winograd_pack")
     assert results["outside_convolutions"]["of_sum"] == pytest.approx(1 - convolutions / results["sum_s"])
     assert all(len(samples) >= 8 for samples in results["peaks"]["fma"]["samples"])
 
@@ -97,7 +99,7 @@ def test_memory(tmp_path):
     side = found["results"]["sides"]["dpresnet"]
     assert len(side["peaks"]) == 2
     assert sum(side["parts"].values()) in side["peaks"]
-    assert side["parts"].keys() >= {"libraries", "parameter", "momentum", "gradient", "packed", "work", "rest"}
+    assert side["parts"].keys() >= {"libraries", "parameter", "momentum", "gradient", "work", "rest"}
     assert 20 * 2**20 < side["parts"]["libraries"] < side["spread"]["least"]
     assert side["parts"]["parameter"] >= 4 * 270_000  # parameters of ResNet-20
     assert "ratio" not in found["results"]

@@ -67,14 +67,30 @@ def test_one_launch_per_activation_each_way(device, arch, stem, activations, nor
     recorded, pools = model(device, arch, stem=stem, image=64), int(stem == "imagenet")
     forward = {"cast_pack": 1, "pool_max_forward": pools, "pool_average_forward": 1, "linear_forward": 1, "loss_softmax": 1,
                "batchnorm_apply": activations}  # fmt: skip
-    evaluate = Counter(forward | {"batchnorm_running": norms})
-    train = Counter(forward | {"pool_max_backward": pools, "residual_add": pools, "pool_average_backward": 1,
+    evaluate, prepare = Counter(forward), Counter({"batchnorm_running": norms, "linear_pack": 1})
+    train = Counter(forward | {"linear_pack": 1, "pool_max_backward": pools, "residual_add": pools, "pool_average_backward": 1,
                                "linear_backward_weight": 1, "linear_backward_data": 1})  # fmt: skip
     train.update({f"batchnorm_{verb}": norms for verb in ("statistics", "merge", "sum")})
     train.update({"exchange statistics": norms, "exchange sums": norms})
     train.update({"batchnorm_backward_reduce": activations, "batchnorm_backward": activations})
-    for plan, expected in ((recorded.train.plan, train), (recorded.evaluate.plan, evaluate)):
-        assert Counter(kind for kind in map(kind_of, plan) if not kind.startswith("conv_")) == expected
+    plans = (recorded.train.plan, train), (recorded.evaluate.plan, evaluate), (recorded.evaluate.prepare, prepare)
+    for plan, expected in plans:
+        assert Counter(kind for kind in map(kind_of, plan) if not kind.startswith(("conv_", "winograd_"))) == expected
+
+
+@pytest.mark.parametrize(("arch", "stem", "winograd", "direct"), [
+    ("resnet18", "cifar", 13, 7), ("resnet50", "imagenet", 13, 40), ("resnet20", "cifar", 16, 3),
+    ("resnext50_32x4d", "imagenet", 0, 53),
+])  # fmt: skip
+def test_convolutions_take_their_fast_path(device, arch, stem, winograd, direct):
+    """All 3x3 convolutions with stride 1 but the first and the grouped ones are computed by F(4x4, 3x3), in all three passes."""
+    recorded = model(device, arch, stem=stem, image=64)
+    passes = Counter(map(kind_of, recorded.train.plan))
+    assert [passes[f"winograd_{verb}"] for verb in ("gather", "weight", "pack")] == [2 * winograd, winograd, 2 * winograd]
+    assert passes["conv_weight"] == direct
+    assert Counter(map(kind_of, recorded.evaluate.plan))["winograd_gather"] == winograd
+    assert Counter(map(kind_of, recorded.evaluate.prepare))["winograd_pack"] == winograd
+    assert all(dict(e.defines)["VEC"] > 1 for e in recorded.train.plan if kind_of(e).startswith(("conv_", "winograd_")))
 
 
 def kind_of(entry: Entry) -> str:
@@ -221,9 +237,33 @@ def test_intermediates_share_memory(device):
     spans = lifetimes(recorded.train.plan)
     moments = range(len(recorded.train.plan.entries))
     alive = [sum(t.nbytes for t, (a, b) in spans.items() if a <= i <= b) for i in moments]
-    arena = sum(recorded.bytes["work"])
+    arena = max(t.place[1] + t.nbytes for t in spans)
     assert max(alive) <= arena < 1.25 * max(alive)
     assert arena < 0.6 * sum(t.nbytes for t in spans)
+
+
+def test_prepared_weights_outlive_every_replay(device):
+    """Evaluation copies its weights once, into memory that no entry of its plan writes; training uses that memory meanwhile."""
+    recorded = model(device, "resnet20", stem="cifar", image=32).evaluate
+    kept, spans = lifetimes(recorded.prepare), lifetimes(recorded.plan)
+    ranges = [(t.place[1], t.place[1] + t.nbytes) for t in {*kept, *spans}]
+    for copy in kept:
+        begin, end = copy.place[1], copy.place[1] + copy.nbytes
+        assert sum(a < end and begin < b for a, b in ranges) == 1
+
+
+def test_evaluation_follows_the_parameters():
+    """Copies of weights are made anew after a training step and after loading."""
+    net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=4, precision="fp32", stem="cifar")
+    images = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
+    before, state = net.forward(images), net.state_dict()
+    net.load_state_dict(state | {"conv1.weight": 2 * state["conv1.weight"]})
+    assert not np.array_equal(net.forward(images), before)
+    net.load_state_dict(state)
+    assert np.array_equal(net.forward(images), before)
+    net.loss_and_grads(images, np.zeros(4, int))
+    net.load_state_dict(state)
+    assert np.array_equal(net.forward(images), before)
 
 
 def test_any_number_of_images_can_be_evaluated():

@@ -100,8 +100,8 @@ def merged(profiles: list[Facts]) -> Facts:
 
 def plans_of(model: Any) -> dict[str, Any]:
     """Everything that a step or an evaluation replays."""
-    names = {"train": model.train.plan, "evaluate": model.evaluate.plan}
-    return names | {"check": model.check, "update": model.update, "refresh": model.refresh}
+    names = {"train": model.train.plan, "evaluate": model.evaluate.plan, "prepare": model.evaluate.prepare}
+    return names | {"check": model.check, "update": model.update}
 
 
 def one_round(side: Any, probes: Any, launches: int) -> tuple[Round, list]:

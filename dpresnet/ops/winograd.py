@@ -179,6 +179,6 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
 
 def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, transposed: bool) -> None:
     """Refreshes a working copy from the fp32 master weights."""
-    tiles, _, channels, lanes = packed.shape
+    tiles, _, channels, _ = packed.shape
     args = [master, packed, geometry_of(conv, transposed).constant()]
-    plan.launch(name, "winograd_pack", (channels, tiles * lanes // conv.vector), args, [packed], **conv.defines)
+    plan.launch(name, "winograd_pack", (channels // BLOCK, tiles), args, [packed], **conv.defines)

@@ -1,4 +1,4 @@
-"""F(4x4, 3x3): the three passes against float64 sums, within the tolerance of direct sums, on shapes that hit every remainder."""
+"""F(4x4, 3x3): three passes against float64 sums, within the tolerance of direct sums, on shapes that hit every remainder."""
 
 from dataclasses import fields, replace
 
@@ -97,7 +97,7 @@ POINTS_OF_A_TILE = 36  # a sum over fewer pixels still passes through the sums o
 
 @pytest.mark.parametrize("channels", [64, 512])
 def test_error_is_near_that_of_direct_sums(channels):
-    """Root mean square, on inputs as ReLU leaves them: the points are chosen for it (with 0, +-1, +-2 it is five times as much)."""
+    """Root mean square, on inputs as ReLU leaves them: the points are chosen for it."""
     shape = Shape(2, channels, 32, 16, 16, 3, 1, 1)
     bench = Bench(Mode("fp32", "vector"))
     x, w = np.maximum(bench.draw(*shape.x), 0), bench.draw(*shape.w)
@@ -157,7 +157,8 @@ def test_little_local_memory_changes_no_bit():
 
 def test_what_is_left_to_the_direct_sums():
     found = conv_of(Bench(Mode("fp32", "vector")), SHAPES[2])
-    others = [{"kernel": 1, "padding": 0}, {"stride": 2}, {"groups": 2}, {"in_channels": 3}, {"vector": 1}, {"local_bytes": 2**13}]
+    others = [{"kernel": 1, "padding": 0}, {"stride": 2}, {"groups": 2}, {"in_channels": 3}, {"vector": 1}]
+    others.append({"local_bytes": 2**13})
     assert not any(winograd.suits(replace(found, **change)) for change in others)
 
 
