@@ -1,54 +1,87 @@
 // pool.cl - max pooling with the position of the maximum, and global average pooling.
 // x [images][blocks][height][width][BLOCK]; images and blocks are one axis, `planes`, here.
 
-// The first maximum in row order wins; NaN wins over numbers. One work-item per (output row, plane).
+#if VEC == 1
+typedef uchar vecu;
+#define AS_INT(v) as_int(v)
+#define AS_VEC(v) as_float(v)
+#define TO_INT(v) ((int)(v))
+#define TO_UCHAR(v) ((uchar)(v))
+#define SAME(a, b) (-((a) == (b)))  // all bits set, as vector comparisons give
+#else
+typedef PASTE(uchar, VEC) vecu;
+#define AS_INT(v) PASTE(as_int, VEC)(v)
+#define AS_VEC(v) PASTE(as_float, VEC)(v)
+#define SAME(a, b) ((a) == (b))
+#ifdef __clang__  // PoCL's own conversions of vectors are calls
+#define TO_INT(v) __builtin_convertvector((v), veci)
+#define TO_UCHAR(v) __builtin_convertvector((v), vecu)
+#else
+#define TO_INT(v) PASTE(convert_int, VEC)(v)
+#define TO_UCHAR(v) PASTE(convert_uchar, VEC)(v)
+#endif
+#endif
+
+// Integers in the order of the values: -0 and 0 are equal, NaN (INT_MAX) is above all. Comparing integers is a vector
+// operation on every compiler; comparing floats is not.
+veci pool_order(const vec v)
+{
+    const veci bits = AS_INT(v + 0.0f);  // -0 + 0 = 0
+    const veci ordered = bits ^ ((bits >> 31) & 0x7fffffff);
+    return (bits & 0x7fffffff) > 0x7f800000 ? (veci)(INT_MAX) : ordered;
+}
+
+// The first maximum in row order wins; NaN wins over what is before it. One work-item per (output row, plane).
 __kernel void pool_max_forward(__global const act *restrict x, __global act *restrict y, __global uchar *restrict index,
                                const int height, const int width, const int out_width, const int kernel_size, const int stride,
                                const int padding)
 {
-    const int row = get_global_id(0), plane = get_global_id(1);
+    const int row = get_global_id(0), plane = get_global_id(1), top = row * stride - padding;
+    const int first_row = max(0, -top), last_row = min(kernel_size, height - top);  // of the window, inside the image
     __global const act *image = x + (long)plane * height * width * BLOCK;
     const long out = ((long)plane * get_global_size(0) + row) * out_width * BLOCK;
-    for (int col = 0; col < out_width; col++)
+    for (int col = 0; col < out_width; col++) {
+        const int left = col * stride - padding, first_col = max(0, -left), last_col = min(kernel_size, width - left);
         for (int lane = 0; lane < BLOCK; lane += VEC) {
             vec best = -INFINITY;
-            veci where = -1;
-            for (int t = 0; t < kernel_size * kernel_size; t++) {
-                const int h = row * stride - padding + t / kernel_size, w = col * stride - padding + t % kernel_size;
-                if (h < 0 || h >= height || w < 0 || w >= width) continue;
-                const vec v = LOAD(image + ((long)h * width + w) * BLOCK + lane);
-                const veci better = (v > best) | (v != v) | (where < 0);
-                where = better ? (veci)(t) : where;
-                best = better ? v : best;
-            }
-            const long i = out + col * BLOCK + lane;
-            STORE(best, y + i);
-            for (int l = 0; l < VEC; l++) index[i + l] = ((int *)&where)[l];
+            veci most = INT_MIN, where = -1;
+            for (int i = first_row; i < last_row; i++)
+                for (int j = first_col; j < last_col; j++) {
+                    const vec v = LOAD(image + ((long)(top + i) * width + left + j) * BLOCK + lane);
+                    const veci order = pool_order(v), better = (order > most) | (order == INT_MAX);
+                    most = better ? order : most;
+                    where = better ? (veci)(i * kernel_size + j) : where;
+                    best = better ? v : best;
+                }
+            STORE(best, y + out + col * BLOCK + lane);
+            *(__global vecu *)(index + out + col * BLOCK + lane) = TO_UCHAR(where);
         }
+    }
 }
 
-// Each input pixel collects from the windows whose maximum it is. One work-item per (input row, plane).
+// Each input pixel collects from the windows whose maximum it is, in row order. One work-item per (input row, plane).
 __kernel void pool_max_backward(__global const act *restrict dy, __global const uchar *restrict index, __global act *restrict dx,
                                 const int width, const int out_height, const int out_width, const int kernel_size,
                                 const int stride, const int padding)
 {
-    const int h = get_global_id(0), plane = get_global_id(1);
+    const int h = get_global_id(0) + padding, plane = get_global_id(1);  // row of the padded image
+    const int first_row = max(0, (h - kernel_size + stride) / stride), last_row = min(out_height - 1, h / stride);
     const long out = (long)plane * out_height * out_width * BLOCK;
-    for (int w = 0; w < width; w++)
+    __global act *target = dx + ((long)plane * get_global_size(0) + get_global_id(0)) * width * BLOCK;
+    for (int w = padding; w < width + padding; w++, target += BLOCK) {
+        const int first_col = max(0, (w - kernel_size + stride) / stride), last_col = min(out_width - 1, w / stride);
         for (int lane = 0; lane < BLOCK; lane += VEC) {
             vec sum = 0;
-            for (int t = kernel_size * kernel_size - 1; t >= 0; t--) {  // windows in row order
-                const int down = h + padding - t / kernel_size, right = w + padding - t % kernel_size;
-                const int row = down / stride, col = right / stride;
-                if (down < 0 || right < 0 || down % stride || right % stride || row >= out_height || col >= out_width) continue;
-                const long i = out + ((long)row * out_width + col) * BLOCK + lane;
-                vec v = LOAD(dy + i);
-                for (int l = 0; l < VEC; l++)
-                    if (index[i + l] != t) ((float *)&v)[l] = 0;
-                sum += v;
-            }
-            STORE(sum, dx + (((long)plane * get_global_size(0) + h) * width + w) * BLOCK + lane);
+            for (int row = first_row; row <= last_row; row++)
+                for (int col = first_col; col <= last_col; col++) {
+                    const long i = out + ((long)row * out_width + col) * BLOCK + lane;
+                    const veci where = TO_INT(*(__global const vecu *)(index + i));
+                    const veci chosen = SAME(where, (veci)((h - row * stride) * kernel_size + w - col * stride));
+                    sum += AS_VEC(AS_INT(LOAD(dy + i)) & chosen);
+                }
+            STORE(sum, target + lane);
         }
+    }
 }
 
 // y [planes][BLOCK] = mean over the pixels. One work-item per plane.

@@ -50,7 +50,13 @@ def test_first_of_equal_values_wins(mode, shape, kernel, stride, padding):
 
 
 @each_mode
-@pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
+def test_zeros_of_both_signs_are_equal(mode):
+    bench = Bench(mode)
+    check_max(bench, np.copysign(0.0, bench.draw(2, 20, 9, 8)), 3, 2, 1)
+
+
+@each_mode
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, -np.inf, np.inf])
 def test_values_that_are_no_numbers(mode, bad):
     bench = Bench(mode)
     x = bench.draw(2, 3, 8, 9)
