@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from contextlib import suppress
 from functools import cached_property
@@ -69,9 +70,10 @@ def choose_device(selector: str = "auto", local_rank: int = 0) -> cl.Device:
 
 
 def kernel_source(stem: str) -> str:
-    """The text of kernels/<stem>.cl with the common header in front."""
+    """The text of kernels/<stem>.cl with the common header in front and the files that it includes in place."""
     folder = files("dpresnet.kernels")
-    return "\n".join((folder / f"{name}.cl").read_text() for name in ("common", stem))
+    text = "\n".join((folder / f"{name}.cl").read_text() for name in ("common", stem))
+    return re.sub(r'^#include "(.+)"$', lambda match: (folder / match[1]).read_text(), text, flags=re.MULTILINE)
 
 
 class BuildError(RuntimeError):

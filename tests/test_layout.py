@@ -19,6 +19,7 @@ LAYERS = [
     ["errors", "reference", "tree", "bench.torch_resnet"],
     ["config", "environment", "device", "comm", "datasets.schema", "bench.workload"],
     ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts"],
+    ["convolution"],
     ["ops.*", "datasets.*", "state"],
     ["nn"],
     ["resnet"],
@@ -33,12 +34,12 @@ LAYERS = [
     ["train", "evaluate", "bench.__main__", "doctor"],
 ]
 ALONE = ["errors", "reference", "tree", "bench.torch_resnet"]
-WITHOUT_MPI = ["device", "plan", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas"]
+WITHOUT_MPI = ["device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas"]
 WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "datasets.*"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "child", "step", "memory", "picture", "theirs")]
 
-NOT_OPERATIONS = {"common", "probe"}
+NOT_OPERATIONS = {"common", "convolution", "probe"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 
 

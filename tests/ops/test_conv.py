@@ -185,6 +185,8 @@ def test_packed_weights_lie_where_their_layout_says(mode, transposed, groups):
 
 
 TILING = [
+    Shape(3, 80, 150, 9, 7, 1),  # several slices, panels and lines of several images
+    Shape(2, 40, 70, 7, 9, 2, 2),
     Shape(4, 1, 16, 90, 91, 3, 1, 1),
     Shape(3, 16, 144, 11, 13, 3, 2, 1),
     Shape(40, 20, 20, 5, 4, 3, 1, 1, 5),
@@ -192,17 +194,26 @@ TILING = [
 
 
 @pytest.mark.parametrize("shape", TILING, ids=str)
-@pytest.mark.parametrize(("pixels", "groups"), [(48, 32), (1000, 1), (10**6, 64)])
-def test_work_group_sizes_change_no_bit(monkeypatch, shape, pixels, groups):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"PIXELS": 48, "WEIGHT_PIXELS": 1, "WEIGHT_CHANNELS": 32},
+        {"PIXELS": 1000, "LEAST_GROUPS": 1, "WEIGHT_PIXELS": 1000},
+        {"PIXELS": 10**6, "LEAST_GROUPS": 64, "PATCH_BYTES": 4000},
+        {"PATCH_BYTES": 0, "WEIGHT_CHANNELS": 128},
+    ],
+    ids=str,
+)
+def test_work_group_sizes_change_no_bit(monkeypatch, shape, sizes):
     mode = Mode("fp16", "vector")
     usual = passes(mode, shape)
-    monkeypatch.setattr(ops, "PIXELS", pixels)
-    monkeypatch.setattr(ops, "LEAST_GROUPS", groups)
+    for name, size in sizes.items():
+        monkeypatch.setattr(ops, name, size)
     for bits, others in zip(usual, passes(mode, shape), strict=True):
         np.testing.assert_array_equal(bits, others)
 
 
-@pytest.mark.parametrize("shape", TILING[1:], ids=str)
+@pytest.mark.parametrize("shape", TILING[:-1], ids=str)
 def test_little_local_memory_changes_no_bit(shape):
     class Small(Device):
         local_bytes = 2**15
@@ -216,7 +227,7 @@ def test_without_enough_local_memory_the_scalar_kernels_take_over():
     class Tiny(Device):
         local_bytes = 2**12
 
-    mode, shape, device = Mode("fp16", "vector"), TILING[1], Tiny(choose_device())
+    mode, shape, device = Mode("fp16", "vector"), TILING[3], Tiny(choose_device())
     for bits, others in zip(passes(mode, shape), passes(mode, shape, device), strict=True):
         np.testing.assert_array_equal(bits, others)
     assert ops.Conv(*astuple(shape), 8, 2**20).vector == 8

@@ -1,0 +1,276 @@
+"""The shape of a convolution and what follows from it: taps, phases, packed weights, the order of the sums, and how a device
+divides the work. The kernels are in kernels/conv.cl, their launches in `dpresnet.ops.conv`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from dpresnet.device import BLOCK
+from dpresnet.plan import Constant, blocks_of
+
+MOST_LOCAL_BYTES = 2**20  # more would leave the second-level cache
+LEAST_GROUPS = 32  # work-groups that keep the compute units of a CPU busy to the end
+MOST_SEGMENTS = 64  # see conv_weight_reduce
+PANEL_CHANNELS = 64  # of the output, whose weight gradient is computed together
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The struct of the same name in kernels/conv.cl, field by field."""
+
+    images: int
+    in_blocks: int
+    in_height: int
+    in_width: int
+    out_blocks: int
+    out_height: int
+    out_width: int
+    grid_height: int
+    grid_width: int
+    out_step: int
+    in_step: int
+    phases: int
+    taps: int
+    row_min: int
+    col_min: int
+    patch_width: int
+    row_step: int
+    col_step: int
+    patch_span: int
+    patch_rows: int
+    group_lines: int
+    group_blocks: int
+    group_tiles: int
+    out_group: int
+    in_group: int
+    tile_blocks: int
+    segments: int
+    out_channels: int
+    in_channels: int
+    transposed: int
+    tile_channels: int
+
+    def constant(self) -> Constant:
+        """As the kernel reads it."""
+        return Constant(np.array(astuple(self), np.int32))
+
+    @property
+    def lines(self) -> int:
+        """Rows of cells in the batch."""
+        return self.images * self.grid_height
+
+    def divided(self, lines: int, blocks: int, tiles: int) -> Geometry:
+        """The same launch with other sizes of a work-group."""
+        skip = self.in_step // self.row_step
+        images = 1 + -(-(lines - 1) // self.grid_height)  # at most, wherever the lines begin
+        rows = lines * skip + max(0, self.patch_span - skip) * images + min(0, self.patch_span - skip)
+        return replace(self, group_lines=lines, group_blocks=blocks, group_tiles=tiles, patch_rows=rows)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One position of the kernel window: where it reads, relative to in_step times the position of the cell."""
+
+    row: int
+    col: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One pixel of the cells and the taps that it gathers over."""
+
+    row: int
+    col: int
+    taps: list[Tap]
+
+
+@dataclass(frozen=True)
+class Conv:
+    """The shape of one convolution; the weights are [out_channels, in_channels / groups, kernel, kernel]."""
+
+    images: int
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+    kernel: int
+    stride: int
+    padding: int
+    groups: int
+    vector: int  # lanes of the vectors it is computed with
+    local_bytes: int  # local memory of a work-group
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output."""
+        return (self.height + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output."""
+        return (self.width + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one pass (forward, or either gradient)."""
+        pixels = self.images * self.out_height * self.out_width
+        return 2 * pixels * self.out_channels * self.in_channels // self.groups * self.kernel**2
+
+    @cached_property
+    def tile_channels(self) -> int:
+        """Output channels of a register tile (TILE_O): two vectors."""
+        return 2 * self.vector if self.vector > 1 else BLOCK
+
+    def defines(self, transposed: bool) -> dict[str, int]:
+        """Tile sizes that fill 16 (AVX2) or 32 (AVX-512) registers, and the lanes of an input block."""
+        tile = {8: {"TILE_P": 6, "TILE_E": 6}, 16: {"TILE_P": 8, "TILE_E": 8}, 1: {}}[self.vector]
+        return {"VEC": self.vector, "CU": self.lanes(transposed), **tile}
+
+    def lanes(self, transposed: bool) -> int:
+        """CU: channels of an input block that are computed; fewer for images of few channels."""
+        channels = self.out_channels if transposed else self.in_channels
+        return next(lanes for lanes in (1, 4, BLOCK) if channels <= lanes or lanes == BLOCK)
+
+    def tile_blocks(self, transposed: bool) -> int:
+        """Input blocks that a tile of output channels is connected to (all of them without groups)."""
+        return self.connected_blocks(transposed, self.tile_channels)
+
+    def connected_blocks(self, transposed: bool, channels: int) -> int:
+        """The most input blocks that ``channels`` neighbouring output channels are connected to."""
+        outs, ins = self.ends(transposed)
+        out_group, in_group = outs // self.groups, ins // self.groups
+        last = outs - 1
+        spans = []
+        for start in range(0, outs, channels):
+            stop = min(start + channels - 1, last)
+            first = start // out_group * in_group // BLOCK
+            spans.append((stop // out_group * in_group + in_group - 1) // BLOCK - first + 1)
+        return max(spans)
+
+    def ends(self, transposed: bool) -> tuple[int, int]:
+        """(channels that are computed, channels that are read)."""
+        pair = (self.out_channels, self.in_channels)
+        return pair[::-1] if transposed else pair
+
+    def tiles(self, transposed: bool) -> int:
+        """Output tiles of a pass."""
+        return -(-blocks_of(self.ends(transposed)[0]) * BLOCK // self.tile_channels)
+
+    def packed_shape(self, transposed: bool) -> tuple[int, ...]:
+        """[output tile][input block][tap][CU][TILE_O]."""
+        lanes = self.lanes(transposed)
+        return (self.tiles(transposed), self.tile_blocks(transposed), self.kernel**2, lanes, self.tile_channels)
+
+    @property
+    def panel_blocks(self) -> int:
+        """Input blocks whose weight gradient is computed together: with few taps more, to use each converted value often."""
+        return max(1, 4 // self.kernel**2)
+
+    @property
+    def segments(self) -> int:
+        """Parts of the batch whose weight gradients are summed apart.
+
+        It follows from the shape alone, never from the device: the order of the sum, and so its bits, must not depend on
+        where it is computed.
+        """
+        outs = PANEL_CHANNELS if self.groups == 1 else BLOCK
+        panels = -(-self.out_channels // outs) * -(-self.connected_blocks(False, BLOCK) // self.panel_blocks)
+        return min(self.images * self.out_height, MOST_SEGMENTS, -(-LEAST_GROUPS // panels))
+
+    def partial_shape(self) -> tuple[int, ...]:
+        """[segment][output tile][input block][tap * CU][TILE_O]."""
+        tiles, blocks, taps, lanes, channels = self.packed_shape(False)
+        return (self.segments, tiles, blocks, taps * lanes, channels)
+
+
+def phases_of(conv: Conv, transposed: bool) -> list[Phase]:
+    """The phases of a pass, row by row: one for the forward pass, stride * stride for the gradient of the input."""
+    k, s, p = conv.kernel, conv.stride, conv.padding
+    if not transposed:
+        return [Phase(0, 0, [Tap(i - p, j - p, i * k + j) for i in range(k) for j in range(k)])]
+    return [
+        Phase(row, col, [
+            Tap((row + p - i) // s, (col + p - j) // s, i * k + j)
+            for i in range(k) for j in range(k)
+            if (row + p - i) % s == 0 and (col + p - j) % s == 0
+        ])
+        for row in range(s) for col in range(s)
+    ]  # fmt: skip
+
+
+def geometry_of(conv: Conv, transposed: bool) -> Geometry:
+    """Geometry of one pass; work-groups are as small as can be, see `dpresnet.ops.conv` for others."""
+    outs, ins = conv.ends(transposed)
+    small = (conv.out_height, conv.out_width)
+    large = (conv.height, conv.width)
+    (out_height, out_width), (in_height, in_width) = (large, small) if transposed else (small, large)
+    out_step, in_step = (conv.stride, 1) if transposed else (1, conv.stride)
+    phases = phases_of(conv, transposed)
+    rows, cols = ({getattr(t, axis) for phase in phases for t in phase.taps} for axis in ("row", "col"))
+    row_step = in_step if len(rows) == 1 else 1
+    col_step = in_step if len(cols) == 1 else 1
+    grid_width = -(-out_width // out_step)
+    geometry = Geometry(
+        images=conv.images, in_blocks=blocks_of(ins), in_height=in_height, in_width=in_width,
+        out_blocks=blocks_of(outs), out_height=out_height, out_width=out_width,
+        grid_height=-(-out_height // out_step), grid_width=grid_width,
+        out_step=out_step, in_step=in_step, phases=len(phases), taps=conv.kernel**2, row_min=min(rows), col_min=min(cols),
+        patch_width=(grid_width - 1) * (in_step // col_step) + max(cols) - min(cols) + 1,
+        row_step=row_step, col_step=col_step, patch_span=max(rows) - min(rows) + 1, patch_rows=0,
+        group_lines=1, group_blocks=1, group_tiles=1, out_group=outs // conv.groups, in_group=ins // conv.groups,
+        tile_blocks=conv.tile_blocks(transposed), segments=conv.segments,
+        out_channels=outs, in_channels=ins, transposed=int(transposed), tile_channels=conv.tile_channels,
+    )  # fmt: skip
+    return geometry.divided(1, 1 if conv.groups == 1 else geometry.in_blocks, 1)
+
+
+def tables(conv: Conv, geometry: Geometry) -> tuple[Constant, Constant]:
+    """Phases and taps as the kernels read them."""
+    taps, phases = [], []
+    for phase in phases_of(conv, bool(geometry.transposed)):
+        phases.append((phase.row, phase.col, len(taps), len(phase.taps)))
+        taps += phase.taps
+    if conv.vector == 1:
+        entries = [(t.row, t.index, t.col) for t in taps]
+    else:
+        lanes = conv.lanes(bool(geometry.transposed))
+        entries = [
+            (((t.row - geometry.row_min) // geometry.row_step * geometry.patch_width
+              + (t.col - geometry.col_min) // geometry.col_step) * lanes, t.index)
+            for t in taps
+        ]  # fmt: skip
+    return Constant(np.array(phases, np.int32)), Constant(np.array(entries, np.int32))
+
+
+def patch_floats(conv: Conv, geometry: Geometry) -> int:
+    """Floats of a patch."""
+    return geometry.group_blocks * geometry.patch_rows * geometry.patch_width * conv.lanes(bool(geometry.transposed))
+
+
+def gather_floats(conv: Conv, geometry: Geometry) -> list[int]:
+    """Patch, sums and table of conv_gather, in units of 4 bytes."""
+    tile = conv.defines(True).get("TILE_P", 1)
+    entries = geometry.phases * -(-geometry.group_lines * geometry.grid_width // tile) * tile
+    sliced = geometry.group_blocks < geometry.in_blocks
+    sums = geometry.group_tiles * entries * conv.tile_channels if sliced else 1
+    return [patch_floats(conv, geometry), sums, geometry.phases + 2 * entries]
+
+
+def weight_floats(conv: Conv, geometry: Geometry) -> list[int]:
+    """Patch, gradient, sums, table of pixels and table of entries of conv_weight, in units of 4 bytes."""
+    edge = conv.defines(False).get("TILE_E", 1)
+    padded = -(-geometry.group_blocks * geometry.taps * conv.lanes(False) // edge) * edge
+    pixels = geometry.group_lines * geometry.grid_width
+    channels = geometry.group_tiles * conv.tile_channels
+    return [patch_floats(conv, geometry), pixels * channels, padded * channels, pixels, padded]
+
+
+def least_local_bytes(conv: Conv) -> int:
+    """Local memory of the smallest work-groups, for the pass that needs most."""
+    gathers = [gather_floats(conv, geometry_of(conv, transposed)) for transposed in (False, True)]
+    return 4 * max(map(sum, [*gathers, weight_floats(conv, geometry_of(conv, False).divided(1, 1, 1))]))

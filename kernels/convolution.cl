@@ -1,0 +1,106 @@
+// convolution.cl - what the kernels of convolutions share (conv.cl, grouped.cl): geometry, and the patch of the input that a
+// work-group converts to fp32 in local memory. Included by them, after CU is defined.
+//
+// CU      channels of a block that are computed: 16; 4 or 1 for images with that few channels
+#ifndef CU
+#define CU 16
+#endif
+
+// Geometry of one launch, in the order of the fields of `Geometry` in dpresnet/convolution.py.
+typedef struct {
+    int images, in_blocks, in_height, in_width;  // x [images][in_blocks][in_height][in_width][BLOCK]
+    int out_blocks, out_height, out_width;       // y
+    int grid_height, grid_width;                 // cells of an image; a line is a row of cells
+    int out_step, in_step;
+    int phases;                                  // conv_gather: out_step * out_step
+    int taps;                                    // of the window, in the packed weights
+    int row_min, col_min;                        // smallest row(t) and col(t)
+    int patch_width, row_step, col_step;         // a patch keeps every row_step-th row, col_step-th column
+    int patch_span;                              // rows of a patch = (lines - 1) * in_step / row_step + patch_span
+    int patch_rows;                              // most rows of a patch, over the images that the lines belong to
+    int group_lines;                             // lines that are computed from one patch
+    int group_blocks;                            // input blocks in a patch
+    int group_tiles;                             // output tiles that one work-group computes
+    int out_group, in_group;                     // channels per convolution group
+    int tile_blocks;                             // input blocks that one output tile reads
+    int segments;                                // conv_weight: parts into which the lines are divided
+    int out_channels, in_channels;
+    int transposed;                              // conv_pack: 1 = weights of the gradient of the input
+    int tile_channels;                           // TILE_O of the packed weights
+} Geometry;
+
+// The first input block that the output channels from `channel` on are connected to.
+int conv_first_block(const Geometry g, const int channel)
+{
+    const int first = channel / g.out_group * g.in_group / BLOCK;
+    return max(0, min(first, g.in_blocks - g.tile_blocks));
+}
+
+// Lines are divided among segments as evenly as can be; this is where a segment begins.
+int conv_segment(const Geometry g, const int segment)
+{
+    return (long)g.images * g.grid_height * segment / g.segments;
+}
+
+#if VEC > 1
+// Copies row `ih` of an image into the patch, as fp32, with zeros outside the image.
+void conv_load_row(__global const act *restrict image, __local float *restrict row, const int ih, const Geometry g)
+{
+    const int inside = ih >= 0 && ih < g.in_height;
+    const int before = (max(0, -g.col_min) + g.col_step - 1) / g.col_step;  // columns left of the image
+    const int until = max(0, (g.in_width - g.col_min + g.col_step - 1) / g.col_step);
+    const int first = inside ? min(before, g.patch_width) : g.patch_width, last = max(first, min(until, g.patch_width));
+    __global const act *source = image + ((long)ih * g.in_width + g.col_min) * BLOCK;
+    for (int i = 0; i < first * CU; i++) row[i] = 0;
+    for (int c = first; c < last; c++)
+#if CU >= VEC
+        UNROLL for (int lane = 0; lane < CU; lane += VEC)
+            STOREL(LOAD(source + c * g.col_step * BLOCK + lane), row + c * CU + lane);
+#else
+    {
+        const vec v = LOAD(source + c * g.col_step * BLOCK);
+        UNROLL for (int lane = 0; lane < CU; lane++) row[c * CU + lane] = ((const float *)&v)[lane];
+    }
+#endif
+    for (int i = last * CU; i < g.patch_width * CU; i++) row[i] = 0;
+}
+
+// The patch of `lines` lines from `line` on, of the blocks from `block` on.
+void conv_load_patch(__global const act *restrict x, __local float *restrict patch, const int line, const int lines,
+                     const int block, const int blocks, const Geometry g)
+{
+    const int plane = g.patch_rows * g.patch_width * CU;
+    for (int done = 0, row = 0; done < lines;) {
+        const int n = (line + done) / g.grid_height, a = (line + done) % g.grid_height;
+        const int here = min(lines - done, g.grid_height - a);  // lines of this image
+        const int rows = (here - 1) * (g.in_step / g.row_step) + g.patch_span;
+        for (int i = 0; i < blocks; i++)
+            for (int r = 0; r < rows; r++)
+                conv_load_row(x + ((long)n * g.in_blocks + block + i) * g.in_height * g.in_width * BLOCK,
+                              patch + i * plane + (row + r) * g.patch_width * CU,
+                              a * g.in_step + g.row_min + r * g.row_step, g);
+        row += rows;
+        done += here;
+    }
+}
+
+// Lists the cells of `lines` lines whose pixel at (out_row, out_col) is inside the image, `step` integers for each: the offset
+// of the cell in the patch and, with step 2, that of the pixel in y. Returns their number.
+int conv_list(__local int *restrict table, const int step, const int line, const int lines, const int out_row,
+              const int out_col, const Geometry g)
+{
+    const int row_skip = g.in_step / g.row_step, col_skip = g.in_step / g.col_step;
+    const int out_plane = g.out_height * g.out_width * BLOCK;
+    int listed = 0;
+    for (int l = line, row = 0; l < line + lines; l++) {
+        const int n = l / g.grid_height, a = l % g.grid_height, oh = a * g.out_step + out_row;
+        for (int b = 0, ow = out_col; b < g.grid_width && ow < g.out_width && oh < g.out_height; b++, ow += g.out_step) {
+            table[step * listed] = (row * g.patch_width + b * col_skip) * CU;
+            if (step > 1) table[step * listed + 1] = n * g.out_blocks * out_plane + (oh * g.out_width + ow) * BLOCK;
+            listed++;
+        }
+        row += a + 1 < g.grid_height ? row_skip : g.patch_span;
+    }
+    return listed;
+}
+#endif
