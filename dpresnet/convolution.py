@@ -44,6 +44,7 @@ class Geometry:
     patch_rows: int
     group_lines: int
     group_blocks: int
+    read_blocks: int
     group_tiles: int
     out_group: int
     in_group: int
@@ -63,12 +64,25 @@ class Geometry:
         """Rows of cells in the batch."""
         return self.images * self.grid_height
 
+    def first_block(self, tile: int) -> int:
+        """The first input block that an output tile is connected to."""
+        first = tile * self.tile_channels // self.out_group * self.in_group // BLOCK
+        return max(0, min(first, self.in_blocks - self.tile_blocks))
+
+    def spanned_blocks(self, tiles: int) -> int:
+        """The most input blocks that the output tiles of one work-group are connected to."""
+        last = -(-self.out_blocks * BLOCK // self.tile_channels) - 1
+        starts = range(0, last + 1, tiles)
+        return max(self.first_block(min(t + tiles - 1, last)) - self.first_block(t) for t in starts) + self.tile_blocks
+
     def divided(self, lines: int, blocks: int, tiles: int) -> Geometry:
-        """The same launch with other sizes of a work-group."""
+        """The same launch with other sizes of a work-group; ``blocks`` are those of a patch."""
         skip = self.in_step // self.row_step
         images = 1 + -(-(lines - 1) // self.grid_height)  # at most, wherever the lines begin
         rows = lines * skip + max(0, self.patch_span - skip) * images + min(0, self.patch_span - skip)
-        return replace(self, group_lines=lines, group_blocks=blocks, group_tiles=tiles, patch_rows=rows)
+        read = self.spanned_blocks(tiles)
+        return replace(self, group_lines=lines, group_blocks=min(blocks, read), read_blocks=read, group_tiles=tiles,
+                       patch_rows=rows)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,18 +137,35 @@ class Conv:
 
     @cached_property
     def tile_channels(self) -> int:
-        """Output channels of a register tile (TILE_O): two vectors."""
-        return 2 * self.vector if self.vector > 1 else BLOCK
+        """Output channels of a register tile (TILE_O): two vectors, or a block of small groups."""
+        return 2 * self.vector if self.vector > 1 and not self.small_group else BLOCK
+
+    @cached_property
+    def small_group(self) -> int:
+        """GROUP: channels of a convolution group where blocks hold several whole groups and vectors are used, otherwise 0."""
+        channels = self.in_channels // self.groups
+        small = self.groups > 1 and channels < BLOCK and BLOCK % channels == 0 and self.vector > 1
+        return channels if small and self.in_channels == self.out_channels else 0
 
     def defines(self, transposed: bool) -> dict[str, int]:
         """Tile sizes that fill 16 (AVX2) or 32 (AVX-512) registers, and the lanes of an input block."""
         tile = {8: {"TILE_P": 6, "TILE_E": 6}, 16: {"TILE_P": 8, "TILE_E": 8}, 1: {}}[self.vector]
+        if self.small_group:
+            tile = {**tile, "GROUP": self.small_group, "TILE_V": BLOCK // self.vector}
+            if tile["TILE_E"] % self.small_group:
+                tile["TILE_E"] = max(4, self.small_group)
         return {"VEC": self.vector, "CU": self.lanes(transposed), **tile}
 
     def lanes(self, transposed: bool) -> int:
         """CU: channels of an input block that are computed; fewer for images of few channels."""
+        if self.small_group:
+            return BLOCK
         channels = self.out_channels if transposed else self.in_channels
         return next(lanes for lanes in (1, 4, BLOCK) if channels <= lanes or lanes == BLOCK)
+
+    def terms(self, transposed: bool) -> int:
+        """TERMS: channels of an input block that an output lane sums over."""
+        return self.small_group or self.lanes(transposed)
 
     def tile_blocks(self, transposed: bool) -> int:
         """Input blocks that a tile of output channels is connected to (all of them without groups)."""
@@ -162,9 +193,9 @@ class Conv:
         return -(-blocks_of(self.ends(transposed)[0]) * BLOCK // self.tile_channels)
 
     def packed_shape(self, transposed: bool) -> tuple[int, ...]:
-        """[output tile][input block][tap][CU][TILE_O]."""
-        lanes = self.lanes(transposed)
-        return (self.tiles(transposed), self.tile_blocks(transposed), self.kernel**2, lanes, self.tile_channels)
+        """[output tile][input block][tap][TERMS][TILE_O]."""
+        terms = self.terms(transposed)
+        return (self.tiles(transposed), self.tile_blocks(transposed), self.kernel**2, terms, self.tile_channels)
 
     @property
     def panel_blocks(self) -> int:
@@ -183,9 +214,9 @@ class Conv:
         return min(self.images * self.out_height, MOST_SEGMENTS, -(-LEAST_GROUPS // panels))
 
     def partial_shape(self) -> tuple[int, ...]:
-        """[segment][output tile][input block][tap * CU][TILE_O]."""
-        tiles, blocks, taps, lanes, channels = self.packed_shape(False)
-        return (self.segments, tiles, blocks, taps * lanes, channels)
+        """[segment][output tile][input block][tap * TERMS][TILE_O]."""
+        tiles, blocks, taps, terms, channels = self.packed_shape(False)
+        return (self.segments, tiles, blocks, taps * terms, channels)
 
 
 def phases_of(conv: Conv, transposed: bool) -> list[Phase]:
@@ -222,11 +253,11 @@ def geometry_of(conv: Conv, transposed: bool) -> Geometry:
         out_step=out_step, in_step=in_step, phases=len(phases), taps=conv.kernel**2, row_min=min(rows), col_min=min(cols),
         patch_width=(grid_width - 1) * (in_step // col_step) + max(cols) - min(cols) + 1,
         row_step=row_step, col_step=col_step, patch_span=max(rows) - min(rows) + 1, patch_rows=0,
-        group_lines=1, group_blocks=1, group_tiles=1, out_group=outs // conv.groups, in_group=ins // conv.groups,
+        group_lines=1, group_blocks=1, read_blocks=1, group_tiles=1, out_group=outs // conv.groups, in_group=ins // conv.groups,
         tile_blocks=conv.tile_blocks(transposed), segments=conv.segments,
         out_channels=outs, in_channels=ins, transposed=int(transposed), tile_channels=conv.tile_channels,
     )  # fmt: skip
-    return geometry.divided(1, 1 if conv.groups == 1 else geometry.in_blocks, 1)
+    return geometry.divided(1, 1 if conv.groups == 1 else geometry.tile_blocks, 1)
 
 
 def tables(conv: Conv, geometry: Geometry) -> tuple[Constant, Constant]:
@@ -256,7 +287,7 @@ def gather_floats(conv: Conv, geometry: Geometry) -> list[int]:
     """Patch, sums and table of conv_gather, in units of 4 bytes."""
     tile = conv.defines(True).get("TILE_P", 1)
     entries = geometry.phases * -(-geometry.group_lines * geometry.grid_width // tile) * tile
-    sliced = geometry.group_blocks < geometry.in_blocks
+    sliced = geometry.group_blocks < geometry.read_blocks
     sums = geometry.group_tiles * entries * conv.tile_channels if sliced else 1
     return [patch_floats(conv, geometry), sums, geometry.phases + 2 * entries]
 
@@ -264,7 +295,7 @@ def gather_floats(conv: Conv, geometry: Geometry) -> list[int]:
 def weight_floats(conv: Conv, geometry: Geometry) -> list[int]:
     """Patch, gradient, sums, table of pixels and table of entries of conv_weight, in units of 4 bytes."""
     edge = conv.defines(False).get("TILE_E", 1)
-    padded = -(-geometry.group_blocks * geometry.taps * conv.lanes(False) // edge) * edge
+    padded = -(-geometry.group_blocks * geometry.taps * conv.terms(False) // edge) * edge
     pixels = geometry.group_lines * geometry.grid_width
     channels = geometry.group_tiles * conv.tile_channels
     return [patch_floats(conv, geometry), pixels * channels, padded * channels, pixels, padded]

@@ -22,8 +22,11 @@
 // TILE_P  pixels per register tile                           (6 for 16 registers, 8 or more for 32)
 // TILE_E  rows (tap, channel) of the weight-gradient tile    (6 for 16 registers, 8 for 32)
 // CU      channels of a block that are computed: 16; 4 or 1 for images with that few channels
+// GROUP   0, or 1, 2, 4, 8: convolution groups of that many channels in and out. A tile is one block then (TILE_O = 16) and
+//         reads that block only; its lane l sums over the GROUP channels l / GROUP * GROUP + c, nothing else is multiplied.
+// TERMS   channels of an input block that an output lane sums over: GROUP, or CU
 //
-// Packed weights: [output tile][input block][tap][CU][TILE_O], TILE_O = TILE_V * VEC.
+// Packed weights: [output tile][input block][tap][TERMS][TILE_O], TILE_O = TILE_V * VEC.
 #ifndef TILE_V
 #define TILE_V 2
 #endif
@@ -33,12 +36,32 @@
 #ifndef TILE_E
 #define TILE_E 6
 #endif
+#ifndef GROUP
+#define GROUP 0
+#endif
 #define TILE_O (TILE_V * VEC)
 #define INLINE __attribute__((always_inline))  // sums that are passed to a function must stay in registers
 
 #include "convolution.cl"
 
+#define TERMS (GROUP ? GROUP : CU)
+
 #if VEC > 1
+// What term c of vector v of a tile is multiplied with at the pixel xs of a patch; c and v are constants.
+INLINE vec conv_value(__local const float *restrict xs, const int c, const int v)
+{
+#if GROUP == 0
+    return (vec)(xs[c]);
+#elif GROUP % VEC == 0
+    return (vec)(xs[v * VEC + c]);
+#else
+    const vec all = LOADL(xs + v * VEC);
+    vec value;
+    UNROLL for (int l = 0; l < VEC; l++) ((float *)&value)[l] = ((const float *)&all)[l / GROUP * GROUP + c];
+    return value;
+#endif
+}
+
 // sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute; ws are their weights.
 // With `row` (a constant) the pixels are neighbours in the patch: one address register instead of TILE_P.
 INLINE void conv_multiply(vec sum[TILE_V][TILE_P], __local const float *restrict patch, __local const int *restrict table,
@@ -51,14 +74,12 @@ INLINE void conv_multiply(vec sum[TILE_V][TILE_P], __local const float *restrict
     for (int i = 0; i < blocks; i++)
         for (int t = 0; t < tap_count; t++) {
             __local const float *xt = patch + i * g.patch_rows * g.patch_width * CU + taps[2 * t];
-            __global const float *wt = ws + (i * g.taps + taps[2 * t + 1]) * CU * TILE_O;
-            UNROLL for (int c = 0; c < CU; c++) {
+            __global const float *wt = ws + (i * g.taps + taps[2 * t + 1]) * TERMS * TILE_O;
+            UNROLL for (int c = 0; c < TERMS; c++) {
                 vec weight[TILE_V];
                 UNROLL for (int v = 0; v < TILE_V; v++) weight[v] = LOADF(wt + c * TILE_O + v * VEC);
-                UNROLL for (int p = 0; p < TILE_P; p++) {
-                    const vec value = (vec)(xt[offset[p] + c]);
-                    UNROLL for (int v = 0; v < TILE_V; v++) sum[v][p] += value * weight[v];
-                }
+                UNROLL for (int p = 0; p < TILE_P; p++)
+                    UNROLL for (int v = 0; v < TILE_V; v++) sum[v][p] += conv_value(xt + offset[p], c, v) * weight[v];
             }
         }
 }
@@ -88,13 +109,14 @@ __kernel SINGLE void conv_gather(
         }
         table[f] = entries;
     }
-    for (int block = 0; block < g.in_blocks; block += g.group_blocks) {
-        const int blocks = min(g.group_blocks, g.in_blocks - block), last = block + blocks == g.in_blocks;
-        conv_load_patch(x, patch, line, lines, block, blocks, g);
+    const int base = conv_first_block(g, first_tile * TILE_O), read = min(g.read_blocks, g.in_blocks - base);
+    for (int block = 0; block < read; block += g.group_blocks) {  // several times only without convolution groups
+        const int blocks = min(g.group_blocks, read - block), last = block + blocks == read;
+        conv_load_patch(x, patch, line, lines, base + block, blocks, g);
         for (int tile = first_tile; tile < first_tile + tiles; tile++) {
-            const int first_block = conv_first_block(g, tile * TILE_O);  // 0 where there are several slices
+            const int first_block = conv_first_block(g, tile * TILE_O) - base;
             __local const float *xs = patch + first_block * g.patch_rows * g.patch_width * CU;
-            __global const float *ws = w + ((long)tile * g.tile_blocks + block) * g.taps * CU * TILE_O;
+            __global const float *ws = w + ((long)tile * g.tile_blocks + block) * g.taps * TERMS * TILE_O;
             for (int f = 0, e = 0; f < g.phases; f++)
                 for (; e < table[f]; e += TILE_P) {
                     __local float *kept = sums + ((tile - first_tile) * entries + e) * TILE_O;
@@ -139,6 +161,9 @@ void conv_load_grad(__global const act *restrict dy, __local float *restrict gra
         }
 }
 
+// The term is part of an entry's address, unless a term is a permutation of lanes: then TILE_E is a multiple of GROUP.
+#define ENTRY_TERMS (GROUP && GROUP % VEC ? GROUP : 1)
+
 // Adds the products of TILE_E entries of the patch with an output tile of dy, over the pixels, to TILE_E rows of sums.
 INLINE void conv_accumulate(__local float *restrict sums, __local const float *restrict patch, __local const int *restrict entry,
                      __local const float *restrict grad, __local const int *restrict table, const int pixels)
@@ -152,16 +177,14 @@ INLINE void conv_accumulate(__local float *restrict sums, __local const float *r
         const int offset = table[p];
         vec dys[TILE_V];
         UNROLL for (int v = 0; v < TILE_V; v++) dys[v] = LOADL(grad + p * TILE_O + v * VEC);
-        UNROLL for (int j = 0; j < TILE_E; j++) {
-            const vec value = (vec)(xs[j][offset]);
-            UNROLL for (int v = 0; v < TILE_V; v++) sum[j][v] += value * dys[v];
-        }
+        UNROLL for (int j = 0; j < TILE_E; j++)
+            UNROLL for (int v = 0; v < TILE_V; v++) sum[j][v] += conv_value(xs[j] + offset, j % ENTRY_TERMS, v) * dys[v];
     }
     UNROLL for (int j = 0; j < TILE_E; j++)
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[j][v], sums + j * TILE_O + v * VEC);
 }
 
-// Writes the gradient between an output tile and an input block, [tap * CU + c][TILE_O], in the order of the parameter
+// Writes the gradient between an output tile and an input block, [tap * TERMS + c][TILE_O], in the order of the parameter
 // [out_channels][in_group][tap].
 void conv_write_gradient(__local const float *restrict sums, __global float *restrict dw, const int tile, const int block,
                          const Geometry g)
@@ -170,15 +193,15 @@ void conv_write_gradient(__local const float *restrict sums, __global float *res
         const int start = o / g.out_group * g.in_group;  // input channels that o is connected to
         const int first = max(block * BLOCK, start), last = min(block * BLOCK + CU, start + g.in_group);
         __global float *out = dw + ((long)o * g.in_group + first - start) * g.taps;
+        const int shift = GROUP ? start : block * BLOCK;  // the channel of the first term
         for (int i = first; i < last; i++)
-            for (int t = 0; t < g.taps; t++)
-                *out++ = sums[(t * CU + i - block * BLOCK) * TILE_O + o - tile * TILE_O];
+            for (int t = 0; t < g.taps; t++) *out++ = sums[(t * TERMS + i - shift) * TILE_O + o - tile * TILE_O];
     }
 }
 
 // Gradient of the weights between group_tiles output tiles and group_blocks input blocks, summed over the lines of a segment,
 // pixel by pixel. With one segment it is the gradient itself; with several a part of it, for conv_weight_reduce:
-// partial[segment][output tile][input block of the tile][tap * CU + c][TILE_O].
+// partial[segment][output tile][input block of the tile][tap * TERMS + c][TILE_O].
 // Work-group = (segment, output tiles, input blocks).
 __kernel SINGLE void conv_weight(
     __global const act *restrict x, __global const act *restrict dy, __global float *restrict dw,
@@ -195,11 +218,11 @@ __kernel SINGLE void conv_weight(
     const int first_block = get_global_id(2) * g.group_blocks;  // of those that the tile reads
     const int blocks = min(g.group_blocks, g.tile_blocks - first_block);
     const int block = conv_first_block(g, first_tile * TILE_O) + first_block;
-    const int rows = g.taps * CU, entries = blocks * rows, padded = (entries + TILE_E - 1) / TILE_E * TILE_E;
+    const int rows = g.taps * TERMS, entries = blocks * rows, padded = (entries + TILE_E - 1) / TILE_E * TILE_E;
 
     for (int i = 0; i < blocks; i++)
         for (int e = 0; e < rows; e++)
-            entry[i * rows + e] = i * g.patch_rows * g.patch_width * CU + taps[2 * (e / CU)] + e % CU;
+            entry[i * rows + e] = i * g.patch_rows * g.patch_width * CU + taps[2 * (e / TERMS)] + e % TERMS / ENTRY_TERMS;
     for (int e = entries; e < padded; e++) entry[e] = 0;
     for (int i = 0; i < tiles * padded * TILE_O; i += VEC) STOREL((vec)(0), sums + i);
 
@@ -209,8 +232,8 @@ __kernel SINGLE void conv_weight(
         conv_load_patch(x, patch, line, lines, block, blocks, g);
         for (int tile = 0; tile < tiles; tile++)
             conv_load_grad(dy, grad + tile * pixels * TILE_O, line, lines, first_tile + tile, g);
-        for (int e = 0; e < padded; e += TILE_E)
-            for (int tile = 0; tile < tiles; tile++)
+        for (int tile = 0; tile < tiles; tile++)
+            for (int e = 0; e < padded; e += TILE_E)
                 conv_accumulate(sums + (tile * padded + e) * TILE_O, patch, entry + e, grad + tile * pixels * TILE_O, table,
                                 pixels);
     }
@@ -230,10 +253,10 @@ __kernel SINGLE void conv_weight(
 // Adds the segments pairwise in a fixed binary tree. Work-group = (input block of the tile, output tile).
 __kernel SINGLE void conv_weight_reduce(
     __global const float *restrict partial, __global float *restrict dw, __constant Geometry *restrict geometry,
-    __local float *restrict sums)  // [tap * CU + c][TILE_O]
+    __local float *restrict sums)  // [tap * TERMS + c][TILE_O]
 {
     const Geometry g = *geometry;
-    const int tile = get_global_id(1), size = g.taps * CU * TILE_O;
+    const int tile = get_global_id(1), size = g.taps * TERMS * TILE_O;
     const long stride = (long)get_global_size(1) * g.tile_blocks * size;
     __global const float *source = partial + ((long)tile * g.tile_blocks + get_global_id(0)) * size;
     for (int k = 0; k < size; k += VEC) {
@@ -327,20 +350,27 @@ __kernel void conv_pack(__global const float *restrict master, __global float *r
                         __constant Geometry *restrict geometry)
 {
     const Geometry g = *geometry;
-    const int t = get_global_id(0) / CU, c = get_global_id(0) % CU, tile = get_global_id(2);
+    const int t = get_global_id(0) / TERMS, c = get_global_id(0) % TERMS, tile = get_global_id(2);
     const int i = (conv_first_block(g, tile * g.tile_channels) + get_global_id(1)) * BLOCK + c;
-    __global float *out = packed + (((long)tile * g.tile_blocks + get_global_id(1)) * g.taps * CU + get_global_id(0))
+    __global float *out = packed + (((long)tile * g.tile_blocks + get_global_id(1)) * g.taps * TERMS + get_global_id(0))
                                        * g.tile_channels;
     const int group = i / g.in_group, first = group * g.out_group;  // output channels that i is connected to
     for (int lane = 0; lane < g.tile_channels; lane += VEC) {
         const int o = tile * g.tile_channels + lane;
+        vec v = 0;
+#if GROUP
+        for (int l = 0; l < VEC; l++) {  // connected to channel `c` of its group
+            const int from = g.transposed ? ((o + l) / GROUP * GROUP + c) * GROUP + (o + l) % GROUP : (o + l) * GROUP + c;
+            if (o + l < g.out_channels) ((float *)&v)[l] = master[from * g.taps + t];
+        }
+#else
         // master [o][i of the group][t], or transposed [i][o of the group][t]
         __global const float *source = g.transposed ? master + ((long)i * g.out_group + o - first) * g.taps + t
                                                     : master + ((long)o * g.in_group + i - group * g.in_group) * g.taps + t;
         const long step = g.transposed ? g.taps : (long)g.in_group * g.taps;
-        vec v = 0;
         for (int l = 0; l < VEC; l++)
             if (i < g.in_channels && o + l >= first && o + l < first + g.out_group) ((float *)&v)[l] = source[l * step];
+#endif
 #if HALF
         v = ROUND_HALF(v);
 #endif

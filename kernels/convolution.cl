@@ -20,6 +20,7 @@ typedef struct {
     int patch_rows;                              // most rows of a patch, over the images that the lines belong to
     int group_lines;                             // lines that are computed from one patch
     int group_blocks;                            // input blocks in a patch
+    int read_blocks;                             // input blocks that one work-group reads, patch by patch
     int group_tiles;                             // output tiles that one work-group computes
     int out_group, in_group;                     // channels per convolution group
     int tile_blocks;                             // input blocks that one output tile reads

@@ -9,6 +9,7 @@ import numpy as np
 from dpresnet.convolution import (
     LEAST_GROUPS,
     MOST_LOCAL_BYTES,
+    PANEL_CHANNELS,
     Conv,
     Geometry,
     gather_floats,
@@ -24,7 +25,6 @@ from dpresnet.plan import Local, Plan, Tensor
 PIXELS = 384  # most output pixels of one work-group of conv_gather
 PATCH_BYTES = 2**19  # of its patch: half of the second-level cache
 CONVERT, READ = 4, 4  # cost of converting one value for the patch, of reading one weight, in multiplications
-WEIGHT_CHANNELS = 64  # output channels that one work-group of conv_weight computes
 WEIGHT_PIXELS = 128  # pixels whose gradients conv_weight multiplies from the first-level cache
 
 
@@ -59,29 +59,34 @@ def gather_groups(conv: Conv, transposed: bool) -> Geometry:
 
 
 def fitting(conv: Conv, geometry: Geometry) -> Geometry | None:
-    """With so few input blocks at a time that patch and sums fit in local memory, if there is such a number."""
-    lines, blocks, tiles = geometry.group_lines, geometry.group_blocks, geometry.group_tiles
+    """With so few input blocks at a time that patch and sums fit in local memory, if there is such a number.
+
+    With convolution groups, where a tile reads few blocks anyway, with fewer output tiles instead.
+    """
+    lines, tiles = geometry.group_lines, geometry.group_tiles
     slices = 1
     while 4 * sum(gather_floats(conv, geometry)) > conv.local_bytes or 4 * patch_floats(conv, geometry) > PATCH_BYTES:
-        slices += 1
-        if conv.groups > 1 or slices > blocks:
+        if conv.groups > 1 and tiles > 1:
+            tiles = -(-tiles // 2)
+        elif conv.groups == 1 and slices < geometry.in_blocks:
+            slices += 1
+        else:
             return geometry if 4 * sum(gather_floats(conv, geometry)) <= conv.local_bytes else None
-        geometry = geometry.divided(lines, -(-blocks // slices), tiles)
+        geometry = geometry.divided(lines, -(-geometry.in_blocks // slices), tiles)
     return geometry
 
 
 def gather_cost(conv: Conv, geometry: Geometry) -> float:
     """Vector operations of a pass, roughly: multiplications with those of unused pixels, conversions, weights read."""
     transposed = bool(geometry.transposed)
-    lanes, tiles = conv.lanes(transposed), conv.tiles(transposed)
+    lanes, terms, tiles = conv.lanes(transposed), conv.terms(transposed), conv.tiles(transposed)
     whole, rest = divmod(geometry.lines, geometry.group_lines)
     groups, parts = whole + (rest > 0), -(-tiles // geometry.group_tiles)
     edge = conv.defines(transposed)["TILE_P"]
     pixels = [-(-lines * geometry.grid_width // edge) * edge for lines in (geometry.group_lines, rest)]
-    terms = geometry.tile_blocks * geometry.taps * lanes  # of all phases together
-    weights = terms * tiles * conv.tile_channels
+    weights = geometry.tile_blocks * geometry.taps * terms * tiles * conv.tile_channels
     multiply = (whole * pixels[0] + pixels[1]) * weights
-    convert = groups * parts * geometry.in_blocks * geometry.patch_rows * geometry.patch_width * lanes
+    convert = groups * parts * geometry.read_blocks * geometry.patch_rows * geometry.patch_width * lanes
     return (multiply + CONVERT * convert + READ * groups * weights) / conv.vector
 
 
@@ -115,10 +120,14 @@ def weight_groups(conv: Conv) -> Geometry:
     None of it changes the order of any sum.
     """
     geometry = geometry_of(conv, transposed=False)
-    tiles = max(1, WEIGHT_CHANNELS // conv.tile_channels) if conv.groups == 1 else 1
-    blocks = min(conv.panel_blocks, geometry.tile_blocks)
+    tiles, blocks = conv.tiles(False), geometry.tile_blocks
+    panel = [max(1, PANEL_CHANNELS // conv.tile_channels) if conv.groups == 1 else 1, min(conv.panel_blocks, blocks)]
+    for axis in (0, 1) if conv.kernel == 1 else (0,):  # twice as large where that leaves enough work-groups
+        larger = [size * 2 if i == axis else size for i, size in enumerate(panel)]
+        if conv.groups == 1 and conv.segments * -(-tiles // larger[0]) * -(-blocks // larger[1]) >= LEAST_GROUPS:
+            panel = larger
     lines = max(1, min(-(-geometry.lines // conv.segments), WEIGHT_PIXELS // geometry.grid_width))
-    chosen = geometry.divided(lines, blocks, min(tiles, conv.tiles(False)))
+    chosen = geometry.divided(lines, min(panel[1], blocks), min(panel[0], tiles))
     while 4 * sum(weight_floats(conv, chosen)) > conv.local_bytes:
         lines, blocks, tiles = chosen.group_lines, chosen.group_blocks, chosen.group_tiles
         if lines > 1:
@@ -139,7 +148,7 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
         _, taps = tables(conv, geometry)
         args = [x, dy, partial, taps, geometry.constant()]
         plan.launch(name, "conv_weight", (entries * channels, tiles * blocks, segments), args, [partial], conv.flops, **defines)
-        size = (channels * conv.lanes(False), blocks, tiles)
+        size = (channels * conv.terms(False), blocks, tiles)
         plan.launch(f"{name}.reduce", "conv_weight_reduce", size, [partial, dw, geometry.constant()], [dw], **defines)
         return
     geometry = weight_groups(conv)
@@ -155,6 +164,6 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
 
 def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, transposed: bool) -> None:
     """Refreshes a working copy from the fp32 master weights."""
-    tiles, blocks, taps, lanes, _ = packed.shape
+    tiles, blocks, taps, terms, _ = packed.shape
     args = [master, packed, geometry_of(conv, transposed).constant()]
-    plan.launch(name, "conv_pack", (taps * lanes, blocks, tiles), args, [packed], **conv.defines(transposed))
+    plan.launch(name, "conv_pack", (taps * terms, blocks, tiles), args, [packed], **conv.defines(transposed))

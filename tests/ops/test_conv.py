@@ -197,10 +197,10 @@ TILING = [
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"PIXELS": 48, "WEIGHT_PIXELS": 1, "WEIGHT_CHANNELS": 32},
+        {"PIXELS": 48, "WEIGHT_PIXELS": 1, "PANEL_CHANNELS": 32},
         {"PIXELS": 1000, "LEAST_GROUPS": 1, "WEIGHT_PIXELS": 1000},
         {"PIXELS": 10**6, "LEAST_GROUPS": 64, "PATCH_BYTES": 4000},
-        {"PATCH_BYTES": 0, "WEIGHT_CHANNELS": 128},
+        {"PATCH_BYTES": 0, "PANEL_CHANNELS": 128},
     ],
     ids=str,
 )
