@@ -152,8 +152,8 @@ class Conv:
         tile = {8: {"TILE_P": 6, "TILE_E": 6}, 16: {"TILE_P": 8, "TILE_E": 8}, 1: {}}[self.vector]
         if self.small_group:
             tile = {**tile, "GROUP": self.small_group, "TILE_V": BLOCK // self.vector}
-            if tile["TILE_E"] % self.small_group:
-                tile["TILE_E"] = max(4, self.small_group)
+            if self.small_group % self.vector and tile["TILE_E"] % self.small_group:
+                tile["TILE_E"] = 4  # of four channels on vectors of eight
         return {"VEC": self.vector, "CU": self.lanes(transposed), **tile}
 
     def lanes(self, transposed: bool) -> int:

@@ -7,6 +7,7 @@ import pytest
 from harness import Bench, Mode, Scalar, each_mode, struct_in
 
 from dpresnet import reference
+from dpresnet.convolution import LEAST_GROUPS
 from dpresnet.device import BLOCK, Device, choose_device
 from dpresnet.ops import conv as ops
 from dpresnet.plan import Launch, Local, Tensor
@@ -82,6 +83,8 @@ SHAPES = [
     Shape(2, 48, 64, 5, 6, 3, 1, 1, 2),  # groups that straddle blocks
     Shape(1, 48, 48, 4, 5, 3, 1, 0, 3),
     Shape(1, 32, 32, 9, 7, 3, 2, 1, 8),  # ResNeXt: four channels each
+    Shape(3, 72, 72, 6, 7, 3, 1, 1, 9),  # eight channels each, the last block half full
+    Shape(2, 24, 24, 8, 5, 3, 2, 1, 12),  # two channels each
     Shape(2, 20, 20, 7, 6, 3, 1, 1, 20),  # depthwise
     Shape(1, 17, 34, 6, 7, 5, 2, 2, 17),
 ]
@@ -260,6 +263,79 @@ def test_vectors_use_register_tiles(mode):
     for launch in launches:
         assert any(isinstance(a, Local) for a in launch.args) == (bench.plan.device.vector > 1)
     assert isinstance(mode.device, Scalar) or (mode.device.vector > 1) == mode.device.host_memory
+
+
+def launches_of(bench: Bench, verb: str) -> list[Launch]:
+    return [e for e in bench.plan if isinstance(e, Launch) and e.verb == verb]
+
+
+def recorded(mode: Mode, shape: Shape) -> list[Bench]:
+    """The plans of the three passes, not run."""
+    benches = [Bench(mode) for _ in range(3)]
+    tensors = [(conv_of(b, shape), b.plan.image("x", *shape.x), b.plan.image("y", *shape.y)) for b in benches]
+    for record, transposed, bench, (conv, x, y) in zip(
+        (ops.forward, ops.backward_data), (False, True), benches[:2], tensors[:2], strict=True
+    ):
+        ends = (y, x) if transposed else (x, y)
+        record(bench.plan, "conv", conv, ends[0], bench.scratch(conv.packed_shape(transposed)), ends[1])
+    conv, x, y = tensors[2]
+    ops.backward_weight(benches[2].plan, "conv", conv, x, y, benches[2].out_array(*shape.w))
+    return benches
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 8])
+def test_small_groups_multiply_nothing_with_zero(channels):
+    """Only the channels of a group are in the packed weights and in the sums of the weight gradient."""
+    mode, shape = Mode("fp16", "vector"), Shape(2, 32, 32, 6, 5, 3, 1, 1, 32 // channels)
+    for bench, verb in zip(recorded(mode, shape), ("gather", "gather", "weight"), strict=True):
+        (launch,) = launches_of(bench, verb)
+        assert dict(launch.defines)["GROUP"] == channels
+    conv = conv_of(Bench(mode), shape)
+    assert conv.packed_shape(False) == conv.packed_shape(True) == (2, 1, 9, channels, BLOCK)
+    assert conv.partial_shape()[3:] == (9 * channels, BLOCK)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(1, 32, 32, 4, 4, 1),
+        Shape(1, 32, 32, 4, 4, 3, groups=2),
+        Shape(1, 32, 64, 4, 4, 3, groups=8),
+        Shape(1, 30, 30, 4, 4, 3, groups=10),
+        Shape(1, 4, 4, 4, 4, 3),
+    ],
+    ids=str,
+)
+def test_other_convolutions_multiply_blocks(shape):
+    for bench in recorded(Mode("fp16", "vector"), shape):
+        assert not [e for e in bench.plan if "GROUP" in dict(e.defines)]
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_gradient_of_a_strided_input_is_one_launch(kernel):
+    bench = recorded(Mode("fp16", "vector"), Shape(2, 32, 48, 9, 8, kernel, 2, kernel // 2))[1]
+    (launch,) = launches_of(bench, "gather")
+    phases = launch.args[3].data
+    assert phases[:, 3].tolist() == ([1, 0, 0, 0] if kernel == 1 else [1, 2, 2, 4])
+
+
+def test_one_segment_needs_no_partial_sums():
+    """Many channels: enough work-groups without dividing the batch, so the gradient is written at once."""
+    few, many = (recorded(Mode("fp16", "vector"), Shape(2, c, c, 3, 3, 1))[2] for c in (64, 512))
+    assert [len(launches_of(bench, "weight_reduce")) for bench in (few, many)] == [1, 0]
+    assert launches_of(many, "weight")[0].size[0] == 1
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(8, 64, 64, 56, 56, 1), Shape(8, 2048, 512, 7, 7, 1), Shape(64, 512, 512, 4, 4, 3, 1, 1),
+              Shape(8, 3, 64, 224, 224, 7, 2, 3), Shape(8, 128, 128, 56, 56, 3, 1, 1, 32)], ids=str
+)  # fmt: skip
+def test_layers_of_networks_keep_many_cores_busy(shape):
+    for bench in recorded(Mode("fp16", "vector"), shape):
+        for launch in launches_of(bench, "gather") + launches_of(bench, "weight"):
+            assert np.prod(launch.size) >= LEAST_GROUPS
+            memory = sum(a.nbytes for a in launch.args if isinstance(a, Local))
+            assert memory <= bench.plan.device.local_bytes
 
 
 def test_operations_are_counted_once():
