@@ -154,6 +154,8 @@ class Conv:
             tile = {**tile, "GROUP": self.small_group, "TILE_V": BLOCK // self.vector}
             if self.small_group % self.vector and tile["TILE_E"] % self.small_group:
                 tile["TILE_E"] = 4  # of four channels on vectors of eight
+        elif self.terms(transposed) != self.lanes(transposed):
+            tile = {**tile, "TERMS": self.terms(transposed)}
         return {"VEC": self.vector, "CU": self.lanes(transposed), **tile}
 
     def lanes(self, transposed: bool) -> int:
@@ -165,7 +167,8 @@ class Conv:
 
     def terms(self, transposed: bool) -> int:
         """TERMS: channels of an input block that an output lane sums over."""
-        return self.small_group or self.lanes(transposed)
+        lanes, channels = self.lanes(transposed), self.ends(transposed)[1]
+        return self.small_group or (channels if lanes < BLOCK else lanes)
 
     def tile_blocks(self, transposed: bool) -> int:
         """Input blocks that a tile of output channels is connected to (all of them without groups)."""

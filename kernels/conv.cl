@@ -24,7 +24,7 @@
 // CU      channels of a block that are computed: 16; 4 or 1 for images with that few channels
 // GROUP   0, or 1, 2, 4, 8: convolution groups of that many channels in and out. A tile is one block then (TILE_O = 16) and
 //         reads that block only; its lane l sums over the GROUP channels l / GROUP * GROUP + c, nothing else is multiplied.
-// TERMS   channels of an input block that an output lane sums over: GROUP, or CU
+// TERMS   channels of an input block that an output lane sums over: GROUP, or CU, or 2 or 3 of the 4 of CU
 //
 // Packed weights: [output tile][input block][tap][TERMS][TILE_O], TILE_O = TILE_V * VEC.
 #ifndef TILE_V
@@ -44,7 +44,9 @@
 
 #include "convolution.cl"
 
+#ifndef TERMS
 #define TERMS (GROUP ? GROUP : CU)
+#endif
 
 #if VEC > 1
 // What term c of vector v of a tile is multiplied with at the pixel xs of a patch; c and v are constants.
@@ -191,7 +193,7 @@ void conv_write_gradient(__local const float *restrict sums, __global float *res
 {
     for (int o = tile * TILE_O; o < min((tile + 1) * TILE_O, g.out_channels); o++) {
         const int start = o / g.out_group * g.in_group;  // input channels that o is connected to
-        const int first = max(block * BLOCK, start), last = min(block * BLOCK + CU, start + g.in_group);
+        const int first = max(block * BLOCK, start), last = min(block * BLOCK + (GROUP ? BLOCK : TERMS), start + g.in_group);
         __global float *out = dw + ((long)o * g.in_group + first - start) * g.taps;
         const int shift = GROUP ? start : block * BLOCK;  // the channel of the first term
         for (int i = first; i < last; i++)
@@ -289,8 +291,8 @@ __kernel void conv_gather(
             __global const act *xs =
                 x + ((((long)n * g.in_blocks + first_block + i) * g.in_height + ih) * g.in_width + iw) * BLOCK;
             __global const float *ws = w + ((long)(tile * g.tile_blocks + i) * g.taps + taps[3 * t + 1])
-                                               * CU * g.tile_channels + o % g.tile_channels;
-            for (int c = 0; c < CU; c++) sum += LOAD(xs + c) * ws[c * g.tile_channels];
+                                               * TERMS * g.tile_channels + o % g.tile_channels;
+            for (int c = 0; c < TERMS; c++) sum += LOAD(xs + c) * ws[c * g.tile_channels];
         }
     STORE(sum, y + ((((long)n * g.out_blocks + o / BLOCK) * g.out_height + oh) * g.out_width + ow) * BLOCK + o % BLOCK);
 }
@@ -304,7 +306,7 @@ __kernel void conv_weight(
     const int lane = get_global_id(0) % g.tile_channels, e = get_global_id(0) / g.tile_channels;
     const int tile = get_global_id(1) / g.tile_blocks, segment = get_global_id(2);
     const int block = conv_first_block(g, tile * g.tile_channels) + get_global_id(1) % g.tile_blocks;
-    const int t = e / CU, c = e % CU, o = tile * g.tile_channels + lane;
+    const int t = e / TERMS, c = e % TERMS, o = tile * g.tile_channels + lane;
     float sum = 0;
     for (int line = conv_segment(g, segment); line < conv_segment(g, segment + 1); line++) {
         const int n = line / g.grid_height, a = line % g.grid_height, ih = a * g.in_step + taps[3 * t];
@@ -321,7 +323,7 @@ __kernel void conv_weight(
 }
 
 // Adds the segments pairwise in a fixed binary tree and writes the gradient in the order of the parameter
-// [out_channels][in_group][tap]. Global size: (tile_channels * CU, input blocks of the tile, output tiles).
+// [out_channels][in_group][tap]. Global size: (tile_channels * TERMS, input blocks of the tile, output tiles).
 __kernel void conv_weight_reduce(
     __global const float *restrict partial, __global float *restrict dw, __constant Geometry *restrict geometry)
 {
@@ -329,11 +331,11 @@ __kernel void conv_weight_reduce(
     const int lane = get_global_id(0) % g.tile_channels, c = get_global_id(0) / g.tile_channels, tile = get_global_id(2);
     const int i = (conv_first_block(g, tile * g.tile_channels) + get_global_id(1)) * BLOCK + c;
     const int o = tile * g.tile_channels + lane, group = i / g.in_group;
-    const long stride = (long)get_global_size(2) * g.tile_blocks * g.taps * CU * g.tile_channels;
+    const long stride = (long)get_global_size(2) * g.tile_blocks * g.taps * TERMS * g.tile_channels;
     if (i >= g.in_channels || o >= g.out_channels || o / g.out_group != group) return;
     __global const float *source =
-        partial + ((long)(tile * g.tile_blocks + get_global_id(1)) * g.taps * CU + c) * g.tile_channels + lane;
-    for (int t = 0; t < g.taps; t++, source += CU * g.tile_channels) {
+        partial + ((long)(tile * g.tile_blocks + get_global_id(1)) * g.taps * TERMS + c) * g.tile_channels + lane;
+    for (int t = 0; t < g.taps; t++, source += TERMS * g.tile_channels) {
         float part[64];  // segments <= 64, see dpresnet/convolution.py
         for (int s = 0; s < g.segments; s++) part[s] = source[s * stride];
         for (int width = g.segments; width > 1; width = (width + 1) / 2)

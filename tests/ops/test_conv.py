@@ -76,6 +76,8 @@ SHAPES = [
     Shape(4, 16, 144, 6, 5, 1),  # output channels divided among work-groups, the last one short
     Shape(1, 3, 17, 30, 41, 3, 1, 1),  # many groups of rows
     Shape(1, 16, 16, 3, 200, 3, 1, 1),  # one row to a work-group
+    Shape(3, 80, 150, 9, 7, 1),  # panels with a remainder of blocks, lines of several images
+    Shape(2, 2, 70, 7, 9, 2, 2),  # two channels
     Shape(2, 6, 10, 7, 6, 3, 1, 1, 2),
     Shape(1, 15, 15, 8, 7, 3, 1, 1, 3),  # groups that end inside a block
     Shape(3, 15, 30, 7, 8, 3, 2, 1, 3),
@@ -309,6 +311,13 @@ def test_small_groups_multiply_nothing_with_zero(channels):
 def test_other_convolutions_multiply_blocks(shape):
     for bench in recorded(Mode("fp16", "vector"), shape):
         assert not [e for e in bench.plan if "GROUP" in dict(e.defines)]
+
+
+def test_missing_channels_are_not_multiplied():
+    """Three channels lie in four lanes of a patch; the fourth has no weights."""
+    conv = conv_of(Bench(Mode("fp16", "vector")), Shape(2, 3, 64, 15, 14, 7, 2, 3))
+    assert conv.packed_shape(False)[2:4] == (49, 3)
+    assert conv.partial_shape()[3] == 147
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
