@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import warnings
 from contextlib import suppress
 from functools import cached_property
@@ -20,6 +19,7 @@ import pyopencl as cl
 from dpresnet.errors import Refused
 
 BLOCK = 16  # neighbouring channels stored together, see kernels/common.cl
+HEADERS = {"conv": ("convolution",)}  # files that a source of kernels builds on, beside common.cl
 ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most 4096 bits)
 
 
@@ -70,10 +70,9 @@ def choose_device(selector: str = "auto", local_rank: int = 0) -> cl.Device:
 
 
 def kernel_source(stem: str) -> str:
-    """The text of kernels/<stem>.cl with the common header in front and the files that it includes in place."""
+    """The text of kernels/<stem>.cl with its headers in front."""
     folder = files("dpresnet.kernels")
-    text = "\n".join((folder / f"{name}.cl").read_text() for name in ("common", stem))
-    return re.sub(r'^#include "(.+)"$', lambda match: (folder / match[1]).read_text(), text, flags=re.MULTILINE)
+    return "\n".join((folder / f"{name}.cl").read_text() for name in ("common", *HEADERS.get(stem, ()), stem))
 
 
 class BuildError(RuntimeError):

@@ -42,8 +42,6 @@
 #define TILE_O (TILE_V * VEC)
 #define INLINE __attribute__((always_inline))  // sums that are passed to a function must stay in registers
 
-#include "convolution.cl"
-
 #ifndef TERMS
 #define TERMS (GROUP ? GROUP : CU)
 #endif

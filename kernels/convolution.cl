@@ -1,5 +1,5 @@
-// convolution.cl - what the kernels of convolutions share (conv.cl, grouped.cl): geometry, and the patch of the input that a
-// work-group converts to fp32 in local memory. Included by them, after CU is defined.
+// convolution.cl - what the kernels of conv.cl build on: geometry, and the patch of the input that a work-group converts to
+// fp32 in local memory. The build puts this text in front of that source.
 //
 // CU      channels of a block that are computed: 16; 4 or 1 for images with that few channels
 #ifndef CU
