@@ -40,7 +40,8 @@
 #define GROUP 0
 #endif
 #define TILE_O (TILE_V * VEC)
-#define INLINE __attribute__((always_inline))  // sums that are passed to a function must stay in registers
+// Sums that are passed to a function must stay in registers. Without `restrict`: oclgrind does not know what LLVM makes of it.
+#define INLINE __attribute__((always_inline))
 
 #ifndef TERMS
 #define TERMS (GROUP ? GROUP : CU)
@@ -48,7 +49,7 @@
 
 #if VEC > 1
 // What term c of vector v of a tile is multiplied with at the pixel xs of a patch; c and v are constants.
-INLINE vec conv_value(__local const float *restrict xs, const int c, const int v)
+INLINE vec conv_value(__local const float *xs, const int c, const int v)
 {
 #if GROUP == 0
     return (vec)(xs[c]);
@@ -64,8 +65,8 @@ INLINE vec conv_value(__local const float *restrict xs, const int c, const int v
 
 // sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute; ws are their weights.
 // With `row` (a constant) the pixels are neighbours in the patch: one address register instead of TILE_P.
-INLINE void conv_multiply(vec sum[TILE_V][TILE_P], __local const float *restrict patch, __local const int *restrict table,
-                          const int row, __global const float *restrict ws, __global const int *restrict taps,
+INLINE void conv_multiply(vec sum[TILE_V][TILE_P], __local const float *patch, __local const int *table,
+                          const int row, __global const float *ws, __global const int *taps,
                           const int tap_count, const int blocks, const Geometry g)
 {
     int offset[TILE_P];
@@ -165,8 +166,8 @@ void conv_load_grad(__global const act *restrict dy, __local float *restrict gra
 #define ENTRY_TERMS (GROUP && GROUP % VEC ? GROUP : 1)
 
 // Adds the products of TILE_E entries of the patch with an output tile of dy, over the pixels, to TILE_E rows of sums.
-INLINE void conv_accumulate(__local float *restrict sums, __local const float *restrict patch, __local const int *restrict entry,
-                     __local const float *restrict grad, __local const int *restrict table, const int pixels)
+INLINE void conv_accumulate(__local float *sums, __local const float *patch, __local const int *entry,
+                     __local const float *grad, __local const int *table, const int pixels)
 {
     __local const float *xs[TILE_E];
     vec sum[TILE_E][TILE_V];

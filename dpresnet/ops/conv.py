@@ -54,7 +54,7 @@ def gather_groups(conv: Conv, transposed: bool) -> Geometry:
     choices = []
     for lines in range(1, most + 1):
         parts = min(tiles, -(-LEAST_GROUPS // -(-geometry.lines // lines)))
-        choices.append(fitting(conv, geometry.divided(lines, geometry.in_blocks, -(-tiles // parts))))
+        choices.append(fitting(conv, geometry.divided(lines, geometry.in_blocks, tiles // parts)))
     return min(filter(None, choices), key=lambda choice: gather_cost(conv, choice), default=geometry)
 
 

@@ -85,6 +85,8 @@ SHAPES = [
     Shape(2, 48, 64, 5, 6, 3, 1, 1, 2),  # groups that straddle blocks
     Shape(1, 48, 48, 4, 5, 3, 1, 0, 3),
     Shape(1, 32, 32, 9, 7, 3, 2, 1, 8),  # ResNeXt: four channels each
+    Shape(1, 8, 8, 3, 4, 2, 1, 0, 2),  # small enough for oclgrind
+    Shape(1, 16, 16, 3, 3, 2, 1, 0, 2),
     Shape(3, 72, 72, 6, 7, 3, 1, 1, 9),  # eight channels each, the last block half full
     Shape(2, 24, 24, 8, 5, 3, 2, 1, 12),  # two channels each
     Shape(2, 20, 20, 7, 6, 3, 1, 1, 20),  # depthwise
