@@ -253,7 +253,7 @@ def launch(kernel, args, writes, flops=0):
 
 def test_bytes_that_a_launch_touches():
     a, b, table = tensor(100), tensor(50), Constant(np.zeros(3, np.int32))
-    assert ops.touched(launch("relu_forward", [a, b, np.int32(3), table, a], [b])) == 4 * 150 + 12
+    assert ops.touched(launch("residual_add", [a, b, np.int32(3), table, a], [b])) == 4 * 150 + 12
     assert ops.touched(launch("sgd_update", [a, b], [b])) == 4 * 200
 
 
@@ -262,9 +262,9 @@ def test_rows_know_their_limit():
     counted = ops.row(0, launch("conv_gather", [a], [a], flops=800), "train", [sample([4.0]), sample([2.0])], 1000)
     assert (counted.limit, counted.shares, counted.median_s, counted.rate) == ("fma", [0.5, 1.0], 3.0, 800 / 3)
     assert counted.lost_s == pytest.approx(0.75)
-    fits = ops.row(0, launch("relu_forward", [a], [a]), "train", [sample([50.0])], 1000)
+    fits = ops.row(0, launch("residual_add", [a], [a]), "train", [sample([50.0])], 1000)
     assert (fits.limit, fits.share) == ("cache", 0.5)
-    exceeds = ops.row(0, launch("relu_forward", [a], [a]), "train", [sample([50.0])], 999)
+    exceeds = ops.row(0, launch("residual_add", [a], [a]), "train", [sample([50.0])], 999)
     assert (exceeds.limit, exceeds.share, exceeds.lost_s) == ("memory", 2.0, 0.0)
 
 

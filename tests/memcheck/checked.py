@@ -25,7 +25,7 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 HARMLESS = r"Function: clGetDeviceInfo\s+Error: +CL_INVALID_VALUE"  # pyopencl asks for what later versions of OpenCL have
 MOST_STEPS = 49152  # of one plan, about a second; larger ones are left to tests/ops on real devices
 
-launched: set[tuple[str, harness.Mode]] = set()  # kernels, e.g. "relu_forward"
+launched: set[tuple[str, harness.Mode]] = set()  # kernels, e.g. "residual_add"
 buffers: list[cl.Buffer] = []
 compiled: set[tuple[str, harness.Mode]] = set()  # kernels of all programs that were built for them
 

@@ -85,9 +85,9 @@ def test_message_names_the_line_of_the_source(mode):
     """One vector more than there is."""
     bench = Bench(mode)
     x, y = bench.draw(1, 16, 1, 2), bench.out_image((1, 16, 1, 2))
-    bench.plan.elementwise("relu", "relu_forward", 48, [bench.image(x), y], [y])
+    bench.plan.elementwise("add", "residual_add", 48, [bench.image(x), bench.image(x), y], [y])
     with pytest.raises(Complaint) as caught:
         bench.run()
-    number, quoted = re.search(r"At kernels/relu\.cl:(\d+):\n\s*(.+)", str(caught.value)).groups()
-    assert (KERNELS / "relu.cl").read_text().splitlines()[int(number) - 1].strip() == quoted
+    number, quoted = re.search(r"At kernels/residual\.cl:(\d+):\n\s*(.+)", str(caught.value)).groups()
+    assert (KERNELS / "residual.cl").read_text().splitlines()[int(number) - 1].strip() == quoted
     assert "LOAD" in quoted

@@ -203,7 +203,7 @@ def test_mask_is_where_the_output_is_positive(mode, shape):
 
 @each_mode
 @each_shape
-@each_valid
+@pytest.mark.parametrize("valid", [0, 2])
 @pytest.mark.parametrize(("relu", "branches", "count"), [
     (False, 1, 1), (False, 1, 2), (True, 1, 1), (True, 1, 2), (False, 2, 1),
 ])  # fmt: skip
