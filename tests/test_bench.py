@@ -82,8 +82,8 @@ def test_ops(tmp_path, precision):
     assert sum(k["seconds"] for k in results["kernels"]) == pytest.approx(results["sum_s"])
     assert sum(k["launches"] for k in results["kernels"]) == len(rows)
     assert sum(k["of_sum"] for k in results["kernels"]) == pytest.approx(1)
-    direct = sum(r["median_s"] for r in rows if r["kernel"].startswith("conv_") and r["kernel"] != "conv_pack")
-    convolutions = direct + sum(r["median_s"] for r in rows if r["kernel"].startswith("winograd_") and r["kernel"] != "winograd_pack")
+    kernels = {"conv_gather", "conv_weight", "conv_weight_reduce", "winograd_gather", "winograd_weight", "winograd_reduce"}
+    convolutions = sum(row["median_s"] for row in rows if row["kernel"] in kernels)
     assert results["outside_convolutions"]["of_sum"] == pytest.approx(1 - convolutions / results["sum_s"])
     assert all(len(samples) >= 8 for samples in results["peaks"]["fma"]["samples"])
 

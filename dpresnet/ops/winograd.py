@@ -6,8 +6,8 @@ from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
+from dpresnet.convolution import Conv
 from dpresnet.device import BLOCK
-from dpresnet.ops.conv import Conv
 from dpresnet.plan import Constant, Local, Plan, Tensor, blocks_of
 
 EDGE, OUT = 6, 4  # rows and columns of a transformed tile, and of its outputs
@@ -69,8 +69,8 @@ def suits(conv: Conv) -> bool:
 
 def least_local_bytes(conv: Conv) -> int:
     """Local memory of the smallest work-groups, for the pass that needs most."""
-    smallest = geometry_of(conv, False, conv.defines["TILE_P"], 1, conv.tile_channels)
-    return 4 * max(sum(gather_floats(smallest)), sum(weight_floats(smallest, conv.defines["TILE_E"])))
+    smallest = geometry_of(conv, False, conv.defines(False)["TILE_P"], 1, conv.tile_channels)
+    return 4 * max(sum(gather_floats(smallest)), sum(weight_floats(smallest, conv.defines(False)["TILE_E"])))
 
 
 def packed_shape(conv: Conv, transposed: bool) -> tuple[int, ...]:
@@ -119,7 +119,7 @@ def gather_groups(conv: Conv, transposed: bool) -> Geometry:
     Transformed input and products are to stay in the second-level cache. Weights beyond the last-level cache are read for more
     tiles at a time. None of it changes the order of any sum.
     """
-    edge, lanes, panels = conv.defines["TILE_P"], conv.tile_channels, conv.tiles(transposed)
+    edge, lanes, panels = conv.defines(False)["TILE_P"], conv.tile_channels, conv.tiles(transposed)
     streamed = 4 * int(np.prod(packed_shape(conv, transposed))) > LAST_LEVEL_BYTES
     panel = min(GATHER_PANEL // lanes, panels) * lanes
     g = geometry_of(conv, transposed, (4 if streamed else 2) * edge, CHUNK, panel)
@@ -141,7 +141,7 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, t
     g = gather_groups(conv, transposed)
     size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.panel))
     args = [x, u, y, g.constant(), *(Local(4 * n) for n in gather_floats(g))]
-    plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **conv.defines)
+    plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **conv.defines(False))
 
 
 def forward(plan: Plan, name: str, conv: Conv, x: Tensor, packed: Tensor, y: Tensor) -> None:
@@ -156,7 +156,7 @@ def backward_data(plan: Plan, name: str, conv: Conv, dy: Tensor, packed: Tensor,
 
 def weight_groups(conv: Conv) -> Geometry:
     """Chooses the tiles and the panel of channels that one work-group of winograd_weight handles at once."""
-    edge, lanes = conv.defines["TILE_E"], conv.tile_channels
+    edge, lanes = conv.defines(False)["TILE_E"], conv.tile_channels
     chunk = min(PANEL // BLOCK, blocks_of(conv.in_channels))
     g = geometry_of(conv, False, WEIGHT_TILES, chunk, min(max(1, PANEL // lanes), conv.tiles(False)) * lanes)
     while 4 * sum(weight_floats(g, edge)) > conv.local_bytes - RESERVE and g != smaller(g, 4, lanes):
@@ -170,8 +170,8 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
     parts = -(-g.in_blocks // g.chunk), -(-g.out_blocks * BLOCK // g.panel)
     single = g.segments == 1
     partial = dw if single else Tensor(f"{name}.partial", (g.segments, g.segment_size), np.dtype(np.float32))
-    args = [x, dy, partial, g.constant(), *(Local(4 * n) for n in weight_floats(g, conv.defines["TILE_E"]))]
-    plan.launch(name, "winograd_weight", (g.segments, *parts), args, [partial], conv.flops, **conv.defines)
+    args = [x, dy, partial, g.constant(), *(Local(4 * n) for n in weight_floats(g, conv.defines(False)["TILE_E"]))]
+    plan.launch(name, "winograd_weight", (g.segments, *parts), args, [partial], conv.flops, **conv.defines(False))
     if not single:
         sizes = np.int32(g.segments), np.int32(g.segment_size)
         plan.elementwise(f"{name}.reduce", "winograd_reduce", g.weights, [partial, dw, *sizes], [dw])
@@ -181,4 +181,4 @@ def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, tran
     """Refreshes a working copy from the fp32 master weights."""
     tiles, _, channels, _ = packed.shape
     args = [master, packed, geometry_of(conv, transposed).constant()]
-    plan.launch(name, "winograd_pack", (channels // BLOCK, tiles), args, [packed], **conv.defines)
+    plan.launch(name, "winograd_pack", (channels // BLOCK, tiles), args, [packed], **conv.defines(False))
