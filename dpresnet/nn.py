@@ -93,6 +93,7 @@ class Recorder:
         self.prepare = self.plan if train else Plan(device, precision)
         self.control = Tensor("control", (1,), CONTROL, "io")
         self.tape: list[Callable[[], None]] = []
+        self.postponed: list[Callable[[], None]] = []  # see `meanwhile`
         self.gradients: dict[Tensor, list[Tensor]] = {}  # the terms of each, see `terms`
         self._names: dict[str, int] = {}
 
@@ -141,6 +142,21 @@ class Recorder:
         """Records the backward pass of everything recorded so far."""
         for step in reversed(self.tape):
             step()
+        self.meanwhile()
+
+    # Work that waits for nothing goes before an exchange, so that the device does not idle while replicas agree.
+
+    def meanwhile(self) -> None:
+        """Records what backward has postponed: gradients of weights, which only the optimizer waits for."""
+        for record in self.postponed:
+            record()
+        self.postponed.clear()
+
+    def advance(self, begin: int) -> None:
+        """Moves the entries from number ``begin`` on, which need nothing but parameters, before the last exchange."""
+        entries = self.prepare.entries
+        last = max((i for i, entry in enumerate(entries) if isinstance(entry, Exchange)), default=begin)
+        entries[last:] = entries[begin:] + entries[last:begin]
 
     # Layers
 
@@ -156,7 +172,9 @@ class Recorder:
 
         def packed(transposed: bool) -> Tensor:
             copy = Tensor(f"{name}.{'transposed' if transposed else 'packed'}", ops.packed_shape(shape, transposed), FLOAT)
+            begin = len(self.prepare.entries)
             ops.pack(self.prepare, copy.name, shape, weight.value, copy, transposed)
+            self.advance(begin)
             return copy
 
         y = self.plan.image(name, x.images, channels, shape.out_height, shape.out_width)
@@ -164,7 +182,7 @@ class Recorder:
 
         def backward() -> None:
             dy = self.gradient(y)
-            ops.backward_weight(self.plan, weight.grad.name, shape, x, dy, weight.grad)
+            self.postponed.append(lambda: ops.backward_weight(self.plan, weight.grad.name, shape, x, dy, weight.grad))
             if x.home == "work":  # images from the host need no gradient
                 turned = packed(True)
                 self.give(x, lambda dx: ops.backward_data(self.plan, f"{name}.dx", shape, dy, turned, dx))
@@ -247,8 +265,10 @@ class Recorder:
         sums, means = ([norm.statistic(part) for norm in norms] for part in ("sums", "means"))
         partials = [Tensor(f"{total.name}.partial", (z.images, *total.shape), FLOAT) for total in sums]
         batchnorm.backward_reduce(self.plan, f"{z.name}.dx.reduce", terms, affines, relu, partials, z if joined else None, g)
-        for norm, partial, total, mean in zip(norms, partials, sums, means, strict=True):
+        for norm, partial, total in zip(norms, partials, sums, strict=True):
             batchnorm.add_images(self.plan, f"{norm.name}.dx.sum", partial, total, norm.bias.grad, norm.weight.grad)
+        self.meanwhile()
+        for norm, total, mean in zip(norms, sums, means, strict=True):
             self.plan.entries.append(Exchange(norm.name, "sums", total, mean, z.height * z.width))
         dxs = [self.like(norm.x, f"{norm.x.name}.grad") for norm in norms]
         terms, relu = ([g], False) if joined else (terms, relu)

@@ -13,7 +13,7 @@ import numpy as np
 import pyopencl as cl
 
 from dpresnet.model import PRIVATE, SHARED, Model, Recorded
-from dpresnet.plan import Entry, Exchange, Launch, Memory, Plan, Ready, bind
+from dpresnet.plan import Entry, Exchange, Launch, Memory, Plan, Ready, Tensor, bind
 
 Handler = Callable[..., None]
 
@@ -79,20 +79,23 @@ class Replicas:
     def run(self, recorded: Recorded, exchange: Handler, ready: Handler, check: bool = False) -> NonFinite | None:
         """Replays a plan on every replica, prepared where that is needed.
 
-        ``exchange(entry)`` is called when replicas must agree; it has to wait for the device itself. ``ready(bucket, event)``
-        is called when all launches of a bucket are enqueued. With ``check`` each entry is finished and searched for
-        non-finite values, and the first is returned; the replay goes on, because other ranks wait for its exchanges.
+        ``exchange(entry, event)`` is called when replicas must agree; it has to wait for the event, which is that of the last
+        launch that writes what they exchange. ``ready(bucket, event)`` is called when all launches of a bucket are enqueued.
+        With ``check`` each entry is finished and searched for non-finite values, and the first is returned; the replay goes
+        on, because other ranks wait for its exchanges.
         """
         if self._prepared is not recorded:
             self._prepare(recorded)
         plan, event, first = recorded.plan, None, None
+        written: dict[Tensor, cl.Event] = {}
         for index, entry in enumerate(plan):
             match entry:
                 case Launch():
                     for replica in self.all:
                         event = self.enqueue(entry, replica.kernels[plan][index])
+                    written |= {tensor: event for tensor in entry.writes if tensor.home == "statistic"}
                 case Exchange():
-                    exchange(entry)
+                    exchange(entry, written[entry.source])
                 case Ready():
                     ready(entry.bucket, event)
             if check and first is None:

@@ -176,12 +176,12 @@ class Trainer:
 
     # Batch-norm exchanges
 
-    def _agree(self, entry: Exchange) -> None:
+    def _agree(self, entry: Exchange, event: cl.Event) -> None:
         """Waits for the entry's values, combines them over the replicas and writes the result for each."""
-        self._wait_for_device()
+        self._wait_for(event)
         channels = entry.source.shape[1]
         rows = [
-            np.concatenate([[valid * entry.pixels], replica.memory.read(entry.source).ravel()], dtype=np.float64)
+            np.concatenate([[valid * entry.pixels], replica.memory.fetch(entry.source).ravel()], dtype=np.float64)
             for replica, valid in zip(self.replicas.all, self._valid, strict=True)
         ]
         combine = merge_moments if entry.kind == "statistics" else add
@@ -196,16 +196,18 @@ class Trainer:
             if not self.sync:
                 self._local[entry.name] = rows
 
-    def _wait_for_device(self) -> None:
-        """Like `device.finish`, but buckets under way go on."""
-        queue = self.replicas.device.queue
-        if self._ready or self._reduce.running:
-            event = cl.enqueue_marker(queue)
-            queue.flush()
-            while event.command_execution_status != cl.command_execution_status.COMPLETE:
-                self._progress()
-                time.sleep(NAP_S)
-        queue.finish()
+    def _wait_for(self, event: cl.Event) -> None:
+        """Returns when the event is complete; meanwhile buckets under way go on."""
+        self.replicas.device.queue.flush()
+        while self._reducing and event.command_execution_status != cl.command_execution_status.COMPLETE:
+            self._progress()
+            time.sleep(NAP_S)
+        event.wait()
+
+    @property
+    def _reducing(self) -> bool:
+        """Whether buckets are under way or about to be."""
+        return bool(self._ready or self._reduce.running)
 
     def _merge_local(self) -> None:
         """Without sync, running statistics still are those of the global batch: one exchange for all layers."""

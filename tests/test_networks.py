@@ -13,7 +13,7 @@ from dpresnet.errors import Refused
 from dpresnet.model import Model
 from dpresnet.network import Network
 from dpresnet.nn import Recorder
-from dpresnet.plan import Entry, Launch, lifetimes
+from dpresnet.plan import Entry, Exchange, Launch, lifetimes
 from dpresnet.resnet import ARCHITECTURES, CHOICES, Options
 from dpresnet.setup import check_memory
 from dpresnet.state import State
@@ -240,6 +240,21 @@ def test_intermediates_share_memory(device):
     arena = max(t.place[1] + t.nbytes for t in spans)
     assert max(alive) <= arena < 1.25 * max(alive)
     assert arena < 0.6 * sum(t.nbytes for t in spans)
+
+
+def test_the_device_has_work_while_replicas_agree(device):
+    """Between what an exchange needs and the exchange lie launches that wait for nothing: packing, gradients of weights."""
+    entries = model(device, "resnet50", stem="imagenet", image=64).train.plan.entries
+    fillers = Counter()
+    for i, entry in enumerate(entries):
+        if isinstance(entry, Exchange):
+            last = max(j for j in range(i) if entry.source in entries[j].writes)
+            between = [e for e in entries[last + 1 : i] if isinstance(e, Launch) and e.verb in ("pack", "weight")]
+            fillers[entry.kind, bool(between)] += 1
+            written = {tensor for e in between for tensor in e.writes}
+            assert entry.target not in written and not any(entry.target in e.tensors for e in between)
+    assert fillers["sums", True] >= 52, "all but that of the last layer, behind which no convolution lies"
+    assert fillers["statistics", True] >= 49, "all but those whose next convolution is that of a shortcut"
 
 
 def test_prepared_weights_outlive_every_replay(device):

@@ -118,7 +118,7 @@ def test_buckets_are_reduced_while_backward_goes_on(device):
     log = []
     for name in ("_start_bucket", "_agree"):
         method = getattr(trainer, name)
-        setattr(trainer, name, lambda what, name=name, method=method: (log.append((name, what)), method(what))[1])
+        setattr(trainer, name, lambda *what, name=name, method=method: (log.append((name, what[0])), method(*what))[1])
     gradients(trainer, *samples(8))
     started = [what for name, what in log if name == "_start_bucket"]
     assert started == list(range(len(trainer.buckets)))
