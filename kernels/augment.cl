@@ -13,12 +13,20 @@ uint augment_mix(uint x)
     return x ^ x >> 16;
 }
 
-// x [images][channels][height][width] u8 -> y [images][1][height][width][BLOCK] = (crop(x) / 255 - mean) / deviation.
-// moments [2][channels] = mean, 1 / deviation. Pixels beyond the border are 0 before normalisation. At most BLOCK channels.
+#if VEC == 1
+#define FLOATS convert_float
+#else
+#define FLOATS PASTE(convert_float, VEC)
+#endif
+
+// x [images][CHANNELS][height][width] u8 -> y [images][1][height][width][BLOCK] = crop(x) * scale + offset, in one pixel of
+// which a vector holds channels. affine [2][BLOCK] = scale, offset: 1 / (255 deviation) and -mean / deviation, zeros in the
+// padding lanes. Pixels beyond the border are 0 before normalisation.
+// CHANNELS  of the image, at most BLOCK
 // One work-item per (row, image).
 __kernel void augment_normalise(__global const uchar *restrict x, __global const uint *restrict sample, __global act *restrict y,
-                                __global const Control *restrict control, __constant float *restrict moments,
-                                const int channels, const int width, const int padding, const int flips)
+                                __global const Control *restrict control, __constant float *restrict affine,
+                                const int width, const int padding, const int flips)
 {
     const int row = get_global_id(0), height = get_global_size(0);
     const long n = get_global_id(1);
@@ -27,19 +35,22 @@ __kernel void augment_normalise(__global const uchar *restrict x, __global const
     const int down = random ? (int)(augment_mix(key ^ 1) % (2 * padding + 1)) - padding : 0;
     const int right = random ? (int)(augment_mix(key ^ 2) % (2 * padding + 1)) - padding : 0;
     const int flip = random && flips && (augment_mix(key ^ 3) & 1);
-    const int h = row + down;
-    for (int col = 0; col < width; col++) {
-        const int w = (flip ? width - 1 - col : col) + right;
-        const int inside = h >= 0 && h < height && w >= 0 && w < width && n < control->valid;
-        for (int lane = 0; lane < BLOCK; lane += VEC) {
-            vec v = 0;
-            for (int l = 0; l < VEC; l++) {
-                const int c = lane + l;
-                if (c >= channels) continue;
-                const float value = inside ? x[((n * channels + c) * height + h) * width + w] / 255.0f : 0.0f;
-                ((float *)&v)[l] = (value - moments[c]) * moments[channels + c];
-            }
-            STORE(v, y + ((n * height + row) * width + col) * BLOCK + lane);
+
+    // Column `col` of y is column start + col * step of x; within the image for first <= col < last.
+    const int h = row + down, step = flip ? -1 : 1, start = flip ? width - 1 + right : right, shift = flip ? right : -right;
+    const int outside = h < 0 || h >= height || n >= control->valid;
+    const int first = outside ? width : clamp(shift, 0, width), last = outside ? width : clamp(width + shift, 0, width);
+    __global const uchar *image = x + (n * CHANNELS * height + h) * width;
+    __global act *pixels = y + (n * height + row) * width * BLOCK;
+    for (int part = 0; part < BLOCK; part += VEC) {
+        const vec scale = *(__constant const vec *)(affine + part), offset = *(__constant const vec *)(affine + BLOCK + part);
+        for (int col = 0; col < first; col++) STORE(offset, pixels + col * BLOCK + part);
+        for (int col = first; col < last; col++) {
+            veci value = 0;
+            UNROLL for (int l = 0; l < VEC; l++)
+                if (part + l < CHANNELS) ((int *)&value)[l] = image[(part + l) * height * width + start + col * step];
+            STORE(FLOATS(value) * scale + offset, pixels + col * BLOCK + part);
         }
+        for (int col = last; col < width; col++) STORE(offset, pixels + col * BLOCK + part);
     }
 }

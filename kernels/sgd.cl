@@ -23,8 +23,9 @@ __kernel void sgd_update(const int elements, __global float *restrict param, __g
 // found[work-item] = 1 where a gradient is infinite or NaN (all exponent bits set), else 0.
 __kernel void sgd_check(const int elements, __global const float *restrict grad, __global int *restrict found)
 {
-    int bad = 0;
-    for (int i = get_global_id(0) * ITEMS * VEC; i < min(elements, ((int)get_global_id(0) + 1) * ITEMS * VEC); i++)
-        bad |= (as_int(grad[i]) & 0x7f800000) == 0x7f800000;
-    found[get_global_id(0)] = bad;
+    veci bad = 0;
+    FLAT(i) bad |= (*(__global const veci *)(grad + i) & 0x7f800000) == 0x7f800000;
+    int any_bad = 0;
+    for (int l = 0; l < VEC; l++) any_bad |= ((const int *)&bad)[l];
+    found[get_global_id(0)] = any_bad != 0;
 }
