@@ -9,7 +9,7 @@ from dpresnet.ops import augment as ops
 
 SEED, EPOCH = 0xDEADBEEF, 7
 MANY = 50  # samples, among which every shift occurs
-SHAPES = [(MANY, 3, 8, 11), (MANY, 1, 5, 4), (2, 16, 3, 3)]
+SHAPES = [(MANY, 3, 8, 11), (MANY, 1, 5, 4), (2, 16, 3, 3), (9, 9, 2, 2)]
 
 
 def normalise(
