@@ -1,4 +1,4 @@
-"""Augmentation: which pixels are taken is exact; their values are rounded four times in fp32, then to storage."""
+"""Augmentation: which pixels are taken is exact; their values are rounded a few times in fp32, then to storage."""
 
 import numpy as np
 import pytest
