@@ -19,7 +19,7 @@ import pyopencl as cl
 from dpresnet.errors import Refused
 
 BLOCK = 16  # neighbouring channels stored together, see kernels/common.cl
-HEADERS = {"conv": ("convolution",), "winograd": ("transform",)}  # files that a source of kernels builds on, beside common.cl
+HEADERS = {"conv": ("convolution", "packing"), "winograd": ("transform",)}  # what a source builds on, beside common.cl
 ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most 4096 bits)
 
 

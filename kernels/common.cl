@@ -40,6 +40,14 @@ typedef PASTE(int, VEC) veci;
 #define LOADL(p) (*(__local const vec *)(p))
 #define STOREL(v, p) (*(__local vec *)(p) = (v))
 
+// Stores past the caches, for results that are not read soon: the cache line is not read first, if all of it is written. Work
+// is handed from thread to thread with locked instructions, which order these stores too.
+#if VEC > 1 && defined(__clang__)
+#define STREAMF(v, p) __builtin_nontemporal_store((v), (__global vec *)(p))
+#else
+#define STREAMF(v, p) STOREF(v, p)
+#endif
+
 // fp16 memory: conversions of whole vectors. A runtime whose compiler does not know the CPU cannot inline its own
 // vload_half / vstore_half (a call each), so where the compiler offers the instruction itself we name it.
 #if VEC == 1

@@ -1,5 +1,5 @@
 // conv.cl - convolution by register tiles: forward and gradient of the input (conv_gather), gradient of the weights
-// (conv_weight, conv_weight_reduce), and the copies of the weights that they read (conv_pack).
+// (conv_weight, conv_weight_reduce). The copies of the weights that they read are made in packing.cl.
 //
 // Forward and gradient of the input are one computation. Output pixels form cells of out_step x out_step; the pixel at
 // (out_row, out_col) of cell (a, b), its phase, gathers over the taps t of that phase
@@ -27,25 +27,15 @@
 // TERMS   channels of an input block that an output lane sums over: GROUP, or CU, or 2 or 3 of the 4 of CU
 //
 // Packed weights: [output tile][input block][tap][TERMS][TILE_O], TILE_O = TILE_V * VEC.
-#ifndef TILE_V
-#define TILE_V 2
-#endif
 #ifndef TILE_P
 #define TILE_P 6
 #endif
 #ifndef TILE_E
 #define TILE_E 6
 #endif
-#ifndef GROUP
-#define GROUP 0
-#endif
-#define TILE_O (TILE_V * VEC)
+
 // Sums that are passed to a function must stay in registers. Without `restrict`: oclgrind does not know what LLVM makes of it.
 #define INLINE __attribute__((always_inline))
-
-#ifndef TERMS
-#define TERMS (GROUP ? GROUP : CU)
-#endif
 
 #if VEC > 1
 // What term c of vector v of a tile is multiplied with at the pixel xs of a patch; c and v are constants.
@@ -343,38 +333,3 @@ __kernel void conv_weight_reduce(
     }
 }
 #endif
-
-// Working copy of the weights in the order conv_gather reads, zeros where channels are not connected, rounded to fp16 when
-// activations are fp16. It stays fp32 in memory: converting in the inner loop would cost more than the bytes save.
-// One work-item per (tap and channel of the block, input block of the tile, output tile).
-__kernel void conv_pack(__global const float *restrict master, __global float *restrict packed,
-                        __constant Geometry *restrict geometry)
-{
-    const Geometry g = *geometry;
-    const int t = get_global_id(0) / TERMS, c = get_global_id(0) % TERMS, tile = get_global_id(2);
-    const int i = (conv_first_block(g, tile * g.tile_channels) + get_global_id(1)) * BLOCK + c;
-    __global float *out = packed + (((long)tile * g.tile_blocks + get_global_id(1)) * g.taps * TERMS + get_global_id(0))
-                                       * g.tile_channels;
-    const int group = i / g.in_group, first = group * g.out_group;  // output channels that i is connected to
-    for (int lane = 0; lane < g.tile_channels; lane += VEC) {
-        const int o = tile * g.tile_channels + lane;
-        vec v = 0;
-#if GROUP
-        for (int l = 0; l < VEC; l++) {  // connected to channel `c` of its group
-            const int from = g.transposed ? ((o + l) / GROUP * GROUP + c) * GROUP + (o + l) % GROUP : (o + l) * GROUP + c;
-            if (o + l < g.out_channels) ((float *)&v)[l] = master[from * g.taps + t];
-        }
-#else
-        // master [o][i of the group][t], or transposed [i][o of the group][t]
-        __global const float *source = g.transposed ? master + ((long)i * g.out_group + o - first) * g.taps + t
-                                                    : master + ((long)o * g.in_group + i - group * g.in_group) * g.taps + t;
-        const long step = g.transposed ? g.taps : (long)g.in_group * g.taps;
-        for (int l = 0; l < VEC; l++)
-            if (i < g.in_channels && o + l >= first && o + l < first + g.out_group) ((float *)&v)[l] = source[l * step];
-#endif
-#if HALF
-        v = ROUND_HALF(v);
-#endif
-        STOREF(v, out + lane);
-    }
-}

@@ -1,10 +1,20 @@
 // convolution.cl - what the kernels of conv.cl build on: geometry, and the patch of the input that a work-group converts to
 // fp32 in local memory. The build puts this text in front of that source.
 //
-// CU      channels of a block that are computed: 16; 4 or 1 for images with that few channels
+// CU, GROUP, TERMS, TILE_V  are explained in conv.cl; TILE_O = channels of an output tile
 #ifndef CU
 #define CU 16
 #endif
+#ifndef GROUP
+#define GROUP 0
+#endif
+#ifndef TERMS
+#define TERMS (GROUP ? GROUP : CU)
+#endif
+#ifndef TILE_V
+#define TILE_V 2
+#endif
+#define TILE_O (TILE_V * VEC)
 
 // Geometry of one launch, in the order of the fields of `Geometry` in dpresnet/convolution.py.
 typedef struct {

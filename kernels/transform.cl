@@ -149,8 +149,8 @@ void winograd_transform_weight_grad(__local const float *restrict m, const int p
         UNROLL for (int k = 0; k < 9; k++) out[l * step + k] = ((const float *)taps)[k * VEC + l];
 }
 
-// U = G w G^T of one vector of output channels, w[tap * row] and out[point * step].
-void winograd_transform_weight(const float *restrict w, const int row, __global float *restrict out, const long step)
+// U = G w G^T of one vector of output channels, w[tap * row] and out[point * row].
+void winograd_transform_weight(const float *restrict w, float *restrict out, const int row)
 {
 #define TRANSFORM_WEIGHT(w0, w1, w2, out)                                     \
     {                                                                         \
@@ -177,7 +177,7 @@ void winograd_transform_weight(const float *restrict w, const int row, __global 
 #undef DOWN
     }
     UNROLL for (int r = 0; r < EDGE; r++) {
-#define ACROSS(c, value) STOREF(value, out + (r * EDGE + c) * step)
+#define ACROSS(c, value) *(vec *)(out + (r * EDGE + c) * row) = value
         TRANSFORM_WEIGHT(t[r][0], t[r][1], t[r][2], ACROSS)
 #undef ACROSS
     }

@@ -210,7 +210,7 @@ __kernel void winograd_reduce(const int elements, __global const float *restrict
 
 // packed [output tile][point][channel][TILE_O] from master [out][in][9], rounded to fp16 when activations are; transposed: from
 // [in][out][9], turned by 180 degrees. One work-item per (input block, output tile): it writes whole cache lines.
-__kernel void winograd_pack(__global const float *restrict master, __global float *restrict packed,
+__kernel SINGLE void winograd_pack(__global const float *restrict master, __global float *restrict packed,
                             __constant Geometry *restrict geometry)
 {
     const Geometry g = *geometry;
@@ -219,7 +219,7 @@ __kernel void winograd_pack(__global const float *restrict master, __global floa
     const long step_i = g.transposed ? g.out_channels * 9 : 9, step_o = g.transposed ? 9 : g.in_channels * 9;
     __global const float *source = master + i0 * step_i + o0 * step_o;
     __global float *out = packed + ((long)get_global_id(1) * POINTS * rows + i0) * TILE_O;
-    float w[9 * TILE_O] __attribute__((aligned(64)));
+    float w[9 * TILE_O] __attribute__((aligned(64))), u[POINTS * TILE_O] __attribute__((aligned(64)));
     for (int k = 0; k < 9 * TILE_O; k++) w[k] = 0;
     for (int i = 0; i < BLOCK; i++, source += step_i) {
         if (i < ins)
@@ -227,7 +227,9 @@ __kernel void winograd_pack(__global const float *restrict master, __global floa
                 UNROLL for (int k = 0; k < 9; k++) w[k * TILE_O + o] = source[o * step_o + (g.transposed ? 8 - k : k)];
         else
             for (int k = 0; k < 9 * TILE_O; k++) w[k] = 0;
-        for (int o = 0; o < TILE_O; o += VEC)
-            winograd_transform_weight(w + o, TILE_O, out + i * TILE_O + o, (long)rows * TILE_O);
+        for (int o = 0; o < TILE_O; o += VEC) winograd_transform_weight(w + o, u + o, TILE_O);
+        for (int point = 0; point < POINTS; point++)
+            UNROLL for (int o = 0; o < TILE_O; o += VEC)
+                STREAMF(*(const vec *)(u + point * TILE_O + o), out + ((long)point * rows + i) * TILE_O + o);
     }
 }

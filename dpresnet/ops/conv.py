@@ -166,4 +166,5 @@ def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, tran
     """Refreshes a working copy from the fp32 master weights."""
     tiles, blocks, taps, terms, _ = packed.shape
     args = [master, packed, geometry_of(conv, transposed).constant()]
-    plan.launch(name, "conv_pack", (taps * terms, blocks, tiles), args, [packed], **conv.defines(transposed))
+    size = (taps * terms, blocks, tiles) if conv.vector == 1 else (min(blocks, -(-LEAST_GROUPS // tiles)), tiles)
+    plan.launch(name, "conv_pack", size, args, [packed], **conv.defines(transposed))

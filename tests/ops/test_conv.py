@@ -168,26 +168,35 @@ def test_backward_weight(mode, shape):
 
 @each_mode
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
-@pytest.mark.parametrize("groups", [1, 3, 15])
-def test_packed_weights_lie_where_their_layout_says(mode, transposed, groups):
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(1, 15, 30, 4, 4, 2),
+        Shape(1, 15, 30, 4, 4, 2, groups=3),
+        Shape(1, 15, 30, 4, 4, 2, groups=15),
+        Shape(1, 40, 56, 4, 4, 3),  # whole blocks and whole tiles, and a remainder of both
+        Shape(1, 56, 40, 4, 4, 1),
+    ],
+    ids=str,
+)
+def test_packed_weights_lie_where_their_layout_says(mode, transposed, shape):
     """Each stored value is the nearest the storage holds; what connects nothing is zero."""
-    shape = Shape(1, 15, 30, 4, 4, 2, groups=groups)
-    bench = Bench(mode)
+    bench, groups, taps = Bench(mode), shape.groups, shape.kernel**2
     conv, w = conv_of(bench, shape), np.random.default_rng(1).normal(size=shape.w)
     packed = bench.out_array(*conv.packed_shape(transposed))
     ops.pack(bench.plan, "pack", conv, bench.array(w), packed, transposed)
     bench.run()
 
-    dense = np.zeros((shape.outs, shape.ins, 4))
+    dense = np.zeros((shape.outs, shape.ins, taps))
     for o in range(shape.outs):
         first = o // (shape.outs // groups) * w.shape[1]
-        dense[o, first : first + w.shape[1]] = w[o].reshape(-1, 4)
+        dense[o, first : first + w.shape[1]] = w[o].reshape(-1, taps)
     dense = (dense.swapaxes(0, 1) if transposed else dense).astype(np.float32).astype(mode.storage)
     tiles, blocks, _, lanes, channels = packed.shape
     assert blocks * BLOCK >= dense.shape[1], "all input blocks of these shapes belong to every tile"
-    expected = np.zeros((tiles * channels, blocks * lanes, 4), np.float32)
+    expected = np.zeros((tiles * channels, blocks * lanes, taps), np.float32)
     expected[: dense.shape[0], : dense.shape[1]] = dense
-    layout = expected.reshape(tiles, channels, blocks, lanes, 4).transpose(0, 2, 4, 3, 1)
+    layout = expected.reshape(tiles, channels, blocks, lanes, taps).transpose(0, 2, 4, 3, 1)
     np.testing.assert_array_equal(bench.read(packed), layout)
 
 
