@@ -1,5 +1,5 @@
 // conv.cl - convolution by register tiles: forward and gradient of the input (conv_gather), gradient of the weights
-// (conv_weight, conv_weight_reduce). The copies of the weights that they read are made in packing.cl.
+// (conv_weight, conv_weight_reduce), and the copies of the weights that they read (conv_pack, see packing.cl).
 //
 // Forward and gradient of the input are one computation. Output pixels form cells of out_step x out_step; the pixel at
 // (out_row, out_col) of cell (a, b), its phase, gathers over the taps t of that phase
@@ -330,6 +330,53 @@ __kernel void conv_weight_reduce(
         for (int width = g.segments; width > 1; width = (width + 1) / 2)
             for (int s = 0; s < width / 2; s++) part[s] += part[s + (width + 1) / 2];
         dw[((long)o * g.in_group + i - group * g.in_group) * g.taps + t] = part[0];
+    }
+}
+#endif
+
+// Copies the weights into the order conv_gather reads.
+// Work-item = (part of the input blocks of a tile, output tile); without vectors = (tap and channel, input block, output tile).
+#if VEC > 1
+__kernel SINGLE void conv_pack(__global const float *restrict master, __global float *restrict packed,
+                               __constant Geometry *restrict geometry)
+{
+    const Geometry g = *geometry;
+    const int tile = get_global_id(1), o = tile * TILE_O, first = conv_first_block(g, o), rows = g.taps * TERMS;
+    const int parts = get_global_size(0), part = get_global_id(0), last = g.tile_blocks * (part + 1) / parts;
+    for (int b = g.tile_blocks * part / parts; b < last; b++) {
+        const int i = (first + b) * BLOCK, group = i / g.in_group, group_in = i - group * g.in_group;
+        const int group_out = o - group * g.out_group;  // where block and tile begin in their group
+        __global float *out = packed + ((long)tile * g.tile_blocks + b) * rows * TILE_O;
+        if (TERMS == BLOCK && GROUP == 0 && i < g.in_channels && group_in + BLOCK <= g.in_group && group_out >= 0
+            && group_out + TILE_O <= g.out_group) {
+            if (g.transposed)
+                conv_pack_rows(master + ((long)i * g.out_group + group_out) * g.taps, out, g.taps, (long)g.out_group * g.taps);
+            else
+                conv_pack_columns(master + ((long)o * g.in_group + group_in) * g.taps, out, g.taps, (long)g.in_group * g.taps);
+            continue;
+        }
+        for (int c = 0; c < TERMS; c++)
+            for (int t = 0; t < g.taps; t++) {
+                float row[TILE_O] __attribute__((aligned(64)));
+                for (int l = 0; l < TILE_O; l++) row[l] = conv_pack_value(master, o + l, i + c, c, t, g);
+                conv_pack_store(row, out + (t * TERMS + c) * TILE_O);
+            }
+    }
+}
+#else
+__kernel void conv_pack(__global const float *restrict master, __global float *restrict packed,
+                        __constant Geometry *restrict geometry)
+{
+    const Geometry g = *geometry;
+    const int t = get_global_id(0) / TERMS, c = get_global_id(0) % TERMS, tile = get_global_id(2), b = get_global_id(1);
+    const int o = tile * BLOCK, i = (conv_first_block(g, o) + b) * BLOCK + c;
+    __global float *out = packed + (((long)tile * g.tile_blocks + b) * g.taps * TERMS + get_global_id(0)) * BLOCK;
+    for (int l = 0; l < BLOCK; l++) {
+        float value = conv_pack_value(master, o + l, i, c, t, g);
+#if HALF
+        value = ROUND_HALF(value);
+#endif
+        out[l] = value;
     }
 }
 #endif

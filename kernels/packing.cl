@@ -1,13 +1,12 @@
-// packing.cl - the working copies of the weights that the kernels of conv.cl read. The build puts this text, after that of
-// convolution.cl, in front of that source.
+// packing.cl - for conv_pack of conv.cl: the working copies of the weights that its other kernels read. The build puts this
+// text, after that of convolution.cl, in front of that source.
 //
-//   packed[output tile][input block][tap][TERMS][TILE_O] = w(o, i, t), the weight between output channel o = tile * TILE_O + lane
-//   and input channel i = block * BLOCK + term at tap t (where GROUP > 0: the channel `term` of the group of o)
+//   packed[output tile][input block][tap][TERMS][TILE_O] = w(o, i, t), the weight at tap t between output channel
+//   o = tile * TILE_O + lane and input channel i = block * BLOCK + term (where GROUP > 0: the channel `term` of the group of o)
 //
-// For the forward pass w comes from master[o][i of the group][t]: 16 channels of a block lie together, for each o. For the
-// gradient of the input "output" and "input" change places, so that it comes from master[i][o of the group][t]. It is zero where
-// channels are not connected, and rounded to fp16 when activations are fp16; it stays fp32 in memory: converting in the inner
-// loop would cost more than the bytes save.
+// For the forward pass w comes from master[o][i of the group][t]. For the gradient of the input "output" and "input" change
+// places, so that it comes from master[i][o of the group][t]. It is zero where channels are not connected, and rounded to fp16
+// when activations are fp16; it stays fp32 in memory: converting in the inner loop would cost more than the bytes save.
 //
 // This moves memory and computes nothing. So each cache line is read in one go and written in one go, past the caches: the
 // copies of a large network are larger than these, and without reading a line before it is written a third less is moved.
@@ -52,8 +51,10 @@ void conv_pack_columns(__global const float *restrict source, __global float *re
                 __global const float *s = source + (o + l) * step + k;
                 v[l] = (float4)(s[0], s[1], s[2], s[3]);
             }
-            const float4 low01 = (float4)(v[0].s0, v[1].s0, v[0].s1, v[1].s1), low23 = (float4)(v[2].s0, v[3].s0, v[2].s1, v[3].s1);
-            const float4 top01 = (float4)(v[0].s2, v[1].s2, v[0].s3, v[1].s3), top23 = (float4)(v[2].s2, v[3].s2, v[2].s3, v[3].s3);
+            const float4 low01 = (float4)(v[0].s0, v[1].s0, v[0].s1, v[1].s1);
+            const float4 low23 = (float4)(v[2].s0, v[3].s0, v[2].s1, v[3].s1);
+            const float4 top01 = (float4)(v[0].s2, v[1].s2, v[0].s3, v[1].s3);
+            const float4 top23 = (float4)(v[2].s2, v[3].s2, v[2].s3, v[3].s3);
             *(float4 *)(rows[0] + o) = (float4)(low01.lo, low23.lo);
             *(float4 *)(rows[1] + o) = (float4)(low01.hi, low23.hi);
             *(float4 *)(rows[2] + o) = (float4)(top01.lo, top23.lo);
@@ -79,51 +80,5 @@ void conv_pack_rows(__global const float *restrict source, __global float *restr
             }
             conv_pack_store(row, out + (t * BLOCK + c) * TILE_O);
         }
-}
-#endif
-
-// Work-item = (part of the input blocks of a tile, output tile); without vectors = (tap and channel, input block, output tile).
-#if VEC > 1
-__kernel SINGLE void conv_pack(__global const float *restrict master, __global float *restrict packed,
-                               __constant Geometry *restrict geometry)
-{
-    const Geometry g = *geometry;
-    const int tile = get_global_id(1), o = tile * TILE_O, first = conv_first_block(g, o), rows = g.taps * TERMS;
-    const int parts = get_global_size(0), part = get_global_id(0), last = g.tile_blocks * (part + 1) / parts;
-    for (int b = g.tile_blocks * part / parts; b < last; b++) {
-        const int i = (first + b) * BLOCK, group = i / g.in_group, group_in = i - group * g.in_group;
-        const int group_out = o - group * g.out_group;  // where block and tile begin in their group
-        __global float *out = packed + ((long)tile * g.tile_blocks + b) * rows * TILE_O;
-        if (TERMS == BLOCK && !GROUP && i < g.in_channels && group_in + BLOCK <= g.in_group && group_out >= 0
-            && group_out + TILE_O <= g.out_group) {
-            if (g.transposed)
-                conv_pack_rows(master + ((long)i * g.out_group + group_out) * g.taps, out, g.taps, (long)g.out_group * g.taps);
-            else
-                conv_pack_columns(master + ((long)o * g.in_group + group_in) * g.taps, out, g.taps, (long)g.in_group * g.taps);
-            continue;
-        }
-        for (int c = 0; c < TERMS; c++)
-            for (int t = 0; t < g.taps; t++) {
-                float row[TILE_O] __attribute__((aligned(64)));
-                for (int l = 0; l < TILE_O; l++) row[l] = conv_pack_value(master, o + l, i + c, c, t, g);
-                conv_pack_store(row, out + (t * TERMS + c) * TILE_O);
-            }
-    }
-}
-#else
-__kernel void conv_pack(__global const float *restrict master, __global float *restrict packed,
-                        __constant Geometry *restrict geometry)
-{
-    const Geometry g = *geometry;
-    const int t = get_global_id(0) / TERMS, c = get_global_id(0) % TERMS, tile = get_global_id(2), b = get_global_id(1);
-    const int o = tile * BLOCK, i = (conv_first_block(g, o) + b) * BLOCK + c;
-    __global float *out = packed + (((long)tile * g.tile_blocks + b) * g.taps * TERMS + get_global_id(0)) * BLOCK;
-    for (int l = 0; l < BLOCK; l++) {
-        float value = conv_pack_value(master, o + l, i, c, t, g);
-#if HALF
-        value = ROUND_HALF(value);
-#endif
-        out[l] = value;
-    }
 }
 #endif
