@@ -347,14 +347,15 @@ __kernel SINGLE void conv_pack(__global const float *restrict master, __global f
         const int i = (first + b) * BLOCK, group = i / g.in_group, group_in = i - group * g.in_group;
         const int group_out = o - group * g.out_group;  // where block and tile begin in their group
         __global float *out = packed + ((long)tile * g.tile_blocks + b) * rows * TILE_O;
-        if (TERMS == BLOCK && GROUP == 0 && i < g.in_channels && group_in + BLOCK <= g.in_group && group_out >= 0
-            && group_out + TILE_O <= g.out_group) {
+#if GROUP == 0 && TERMS == BLOCK
+        if (i < g.in_channels && group_in + BLOCK <= g.in_group && group_out >= 0 && group_out + TILE_O <= g.out_group) {
             if (g.transposed)
                 conv_pack_rows(master + ((long)i * g.out_group + group_out) * g.taps, out, g.taps, (long)g.out_group * g.taps);
             else
                 conv_pack_columns(master + ((long)o * g.in_group + group_in) * g.taps, out, g.taps, (long)g.in_group * g.taps);
             continue;
         }
+#endif
         for (int c = 0; c < TERMS; c++)
             for (int t = 0; t < g.taps; t++) {
                 float row[TILE_O] __attribute__((aligned(64)));
