@@ -51,14 +51,10 @@ void conv_pack_columns(__global const float *restrict source, __global float *re
                 __global const float *s = source + (o + l) * step + k;
                 v[l] = (float4)(s[0], s[1], s[2], s[3]);
             }
-            const float4 low01 = (float4)(v[0].s0, v[1].s0, v[0].s1, v[1].s1);
-            const float4 low23 = (float4)(v[2].s0, v[3].s0, v[2].s1, v[3].s1);
-            const float4 top01 = (float4)(v[0].s2, v[1].s2, v[0].s3, v[1].s3);
-            const float4 top23 = (float4)(v[2].s2, v[3].s2, v[2].s3, v[3].s3);
-            *(float4 *)(rows[0] + o) = (float4)(low01.lo, low23.lo);
-            *(float4 *)(rows[1] + o) = (float4)(low01.hi, low23.hi);
-            *(float4 *)(rows[2] + o) = (float4)(top01.lo, top23.lo);
-            *(float4 *)(rows[3] + o) = (float4)(top01.hi, top23.hi);
+            *(float4 *)(rows[0] + o) = (float4)(v[0].s0, v[1].s0, v[2].s0, v[3].s0);
+            *(float4 *)(rows[1] + o) = (float4)(v[0].s1, v[1].s1, v[2].s1, v[3].s1);
+            *(float4 *)(rows[2] + o) = (float4)(v[0].s2, v[1].s2, v[2].s2, v[3].s2);
+            *(float4 *)(rows[3] + o) = (float4)(v[0].s3, v[1].s3, v[2].s3, v[3].s3);
         }
         UNROLL for (int r = 0; r < 4; r++) {
             conv_pack_store(rows[r], out + (t * BLOCK + c) * TILE_O);
