@@ -45,6 +45,16 @@ for file in sorted(KERNELS.glob("*.cl")):
 
 
 @harness.each_mode
+def test_probe_stream(mode):
+    """As `dpresnet.bench` launches it."""
+    bench = Bench(mode)
+    (a, b), c = (bench.array(np.ones(48)) for _ in range(2)), bench.out_array(48)
+    bench.plan.elementwise("probe", "probe_stream", 48, [a, b, c, np.float32(2)], [c])
+    bench.run()
+    bench.assert_exact(c, np.full(48, 3))
+
+
+@harness.each_mode
 @pytest.mark.parametrize("verb", ["vector", "peak"])
 def test_probe(mode, verb):
     """No operation, so it has no test in tests/ops: the launches of `Device` and `dpresnet.bench`."""
