@@ -43,7 +43,6 @@ class Ours:
         self.model = Model(self.device, work.arch, options, shape, work.batch, work.precision, pixels=pixels)
         scaler = LossScaler() if work.precision == "fp16" else LossScaler.disabled()
         self.trainer = Trainer(self.model, Solo(), 1, scaler=scaler)
-        self.trainer.restore(initial_state(self.model.state, 0))
         self.lr, self._hyper = sgd.lr, Hyper(sgd.momentum, sgd.weight_decay)
         random = np.random.default_rng(0)
         self._batches = [
@@ -72,7 +71,8 @@ class Ours:
 
     def warm(self) -> Facts:
         """Compiles and settles; seconds of a step afterwards, and the steps that the loss scaler dropped on the way."""
-        self.trainer.replicas.warm()
+        self.trainer.replicas.warm()  # runs the update too, on whatever lies in the gradients
+        self.trainer.restore(initial_state(self.model.state, 0))
         skipped = 0
         for _ in range(SETTLING_STEPS):
             dropped = self.step()
