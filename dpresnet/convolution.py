@@ -17,6 +17,13 @@ LEAST_GROUPS = 32  # work-groups that keep the compute units of a CPU busy to th
 MOST_SEGMENTS = 64  # see conv_weight_reduce
 PANEL_CHANNELS = 64  # of the output, whose weight gradient is computed together
 
+# Rows of a register tile (pixels, tiles, entries) by lanes of a vector and vectors of output channels: with as many vectors of
+# accumulators each, and the weights that they are multiplied with, they fill 16 (AVX2) or 32 (AVX-512) registers at most.
+ROWS = {
+    8: {1: 12, 2: 6},
+    16: {1: 16, 2: 8},
+}
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -135,10 +142,15 @@ class Conv:
         pixels = self.images * self.out_height * self.out_width
         return 2 * pixels * self.out_channels * self.in_channels // self.groups * self.kernel**2
 
-    @cached_property
-    def tile_channels(self) -> int:
-        """Output channels of a register tile (TILE_O): two vectors, or a block of small groups."""
-        return 2 * self.vector if self.vector > 1 and not self.small_group else BLOCK
+    def tile_vectors(self, transposed: bool) -> int:
+        """TILE_V: vectors of output channels of a register tile, or those of a block of small groups."""
+        if self.small_group:
+            return BLOCK // self.vector
+        return 1 if blocks_of(self.ends(transposed)[0]) * BLOCK <= self.vector else 2
+
+    def tile_channels(self, transposed: bool) -> int:
+        """TILE_O: output channels of a register tile; without vectors those of a block."""
+        return self.tile_vectors(transposed) * self.vector if self.vector > 1 else BLOCK
 
     @cached_property
     def small_group(self) -> int:
@@ -147,16 +159,23 @@ class Conv:
         small = self.groups > 1 and channels < BLOCK and BLOCK % channels == 0 and self.vector > 1
         return channels if small and self.in_channels == self.out_channels else 0
 
+    def tile_rows(self, kernel: str, transposed: bool = False) -> int:
+        """Pixels, tiles or entries of a register tile of this kernel (TILE_P, TILE_E); 1 without vectors."""
+        if self.vector == 1:
+            return 1
+        rows = ROWS[self.vector][self.tile_vectors(transposed)]
+        if kernel == "conv_weight" and self.small_group % self.vector and rows % self.small_group:
+            rows = rows // self.small_group * self.small_group  # lanes are permuted, see ENTRY_TERMS in kernels/conv.cl
+        return rows
+
     def defines(self, transposed: bool) -> dict[str, int]:
-        """Tile sizes that fill 16 (AVX2) or 32 (AVX-512) registers, and the lanes of an input block."""
-        tile = {8: {"TILE_P": 6, "TILE_E": 6}, 16: {"TILE_P": 8, "TILE_E": 8}, 1: {}}[self.vector]
+        """What the kernels of a pass are compiled with, but for the register tile: see kernels/conv.cl."""
+        defines = {"CU": self.lanes(transposed)}
         if self.small_group:
-            tile = {**tile, "GROUP": self.small_group, "TILE_V": BLOCK // self.vector}
-            if self.small_group % self.vector and tile["TILE_E"] % self.small_group:
-                tile["TILE_E"] = 4  # of four channels on vectors of eight
+            defines["GROUP"] = self.small_group
         elif self.terms(transposed) != self.lanes(transposed):
-            tile = {**tile, "TERMS": self.terms(transposed)}
-        return {"VEC": self.vector, "CU": self.lanes(transposed), **tile}
+            defines["TERMS"] = self.terms(transposed)
+        return defines | {"VEC": self.vector} | ({"TILE_V": self.tile_vectors(transposed)} if self.vector > 1 else {})
 
     def lanes(self, transposed: bool) -> int:
         """CU: channels of an input block that are computed; fewer for images of few channels."""
@@ -172,7 +191,7 @@ class Conv:
 
     def tile_blocks(self, transposed: bool) -> int:
         """Input blocks that a tile of output channels is connected to (all of them without groups)."""
-        return self.connected_blocks(transposed, self.tile_channels)
+        return self.connected_blocks(transposed, self.tile_channels(transposed))
 
     def connected_blocks(self, transposed: bool, channels: int) -> int:
         """The most input blocks that ``channels`` neighbouring output channels are connected to."""
@@ -193,12 +212,12 @@ class Conv:
 
     def tiles(self, transposed: bool) -> int:
         """Output tiles of a pass."""
-        return -(-blocks_of(self.ends(transposed)[0]) * BLOCK // self.tile_channels)
+        return -(-blocks_of(self.ends(transposed)[0]) * BLOCK // self.tile_channels(transposed))
 
     def packed_shape(self, transposed: bool) -> tuple[int, ...]:
         """[output tile][input block][tap][TERMS][TILE_O]."""
         terms = self.terms(transposed)
-        return (self.tiles(transposed), self.tile_blocks(transposed), self.kernel**2, terms, self.tile_channels)
+        return (self.tiles(transposed), self.tile_blocks(transposed), self.kernel**2, terms, self.tile_channels(transposed))
 
     @property
     def panel_blocks(self) -> int:
@@ -258,7 +277,7 @@ def geometry_of(conv: Conv, transposed: bool) -> Geometry:
         row_step=row_step, col_step=col_step, patch_span=max(rows) - min(rows) + 1, patch_rows=0,
         group_lines=1, group_blocks=1, read_blocks=1, group_tiles=1, out_group=outs // conv.groups, in_group=ins // conv.groups,
         tile_blocks=conv.tile_blocks(transposed), segments=conv.segments,
-        out_channels=outs, in_channels=ins, transposed=int(transposed), tile_channels=conv.tile_channels,
+        out_channels=outs, in_channels=ins, transposed=int(transposed), tile_channels=conv.tile_channels(transposed),
     )  # fmt: skip
     return geometry.divided(1, 1 if conv.groups == 1 else geometry.tile_blocks, 1)
 
@@ -288,19 +307,19 @@ def patch_floats(conv: Conv, geometry: Geometry) -> int:
 
 def gather_floats(conv: Conv, geometry: Geometry) -> list[int]:
     """Patch, sums and table of conv_gather, in units of 4 bytes."""
-    tile = conv.defines(True).get("TILE_P", 1)
+    tile = conv.tile_rows("conv_gather", bool(geometry.transposed))
     entries = geometry.phases * -(-geometry.group_lines * geometry.grid_width // tile) * tile
     sliced = geometry.group_blocks < geometry.read_blocks
-    sums = geometry.group_tiles * entries * conv.tile_channels if sliced else 1
+    sums = geometry.group_tiles * entries * geometry.tile_channels if sliced else 1
     return [patch_floats(conv, geometry), sums, geometry.phases + 2 * entries]
 
 
 def weight_floats(conv: Conv, geometry: Geometry) -> list[int]:
     """Patch, gradient, sums, table of pixels and table of entries of conv_weight, in units of 4 bytes."""
-    edge = conv.defines(False).get("TILE_E", 1)
+    edge = conv.tile_rows("conv_weight")
     padded = -(-geometry.group_blocks * geometry.taps * conv.terms(False) // edge) * edge
     pixels = geometry.group_lines * geometry.grid_width
-    channels = geometry.group_tiles * conv.tile_channels
+    channels = geometry.group_tiles * geometry.tile_channels
     return [patch_floats(conv, geometry), pixels * channels, padded * channels, pixels, padded]
 
 

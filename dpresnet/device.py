@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from contextlib import suppress
 from functools import cached_property
@@ -21,6 +22,23 @@ from dpresnet.errors import Refused
 BLOCK = 16  # neighbouring channels stored together, see kernels/common.cl
 HEADERS = {"conv": ("convolution", "packing"), "winograd": ("transform",)}  # what a source builds on, beside common.cl
 ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most 4096 bits)
+
+
+# For PoCL, whose compiler may be older than the CPU and take it for one without AVX-512: every function says what it is
+# compiled for. The function from which PoCL calls a kernel does not, and would be given the code of the kernel: with a label
+# whose address is taken a kernel stays a function of its own.
+AVX512 = """#ifdef __AVX512F__
+#define APART
+#else
+#define AVX512
+#define APART volatile ulong apart; apart: apart = (ulong)&&apart;
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq"))), apply_to = function)
+#endif
+SOURCE
+#ifdef AVX512
+#pragma clang attribute pop
+#endif
+"""
 
 
 def list_devices() -> list[cl.Device]:
@@ -75,6 +93,11 @@ def kernel_source(stem: str) -> str:
     return "\n".join((folder / f"{name}.cl").read_text() for name in ("common", *HEADERS.get(stem, ()), stem))
 
 
+def for_avx512(source: str) -> str:
+    """A source whose kernels PoCL compiles for AVX-512, see `AVX512`."""
+    return AVX512.replace("SOURCE", re.sub(r"\b__kernel\b[^{]*{", r"\g<0> APART", source))
+
+
 class BuildError(RuntimeError):
     """A kernel did not compile; the message holds the options and the compiler's log."""
 
@@ -82,12 +105,14 @@ class BuildError(RuntimeError):
 class Device:
     """One OpenCL device with an in-order queue, its compiled programs and how it computes.
 
-    ``vector`` is the number of lanes its kernels use (see VEC in kernels/common.cl), ``host_memory`` tells whether
-    arenas are ordinary host memory that numpy and MPI use in place.
+    ``vector`` is the number of lanes its kernels use (see VEC in kernels/common.cl): 16 on CPUs with AVX-512, 8 on others, 1
+    (work-items are lanes) elsewhere; or what is asked for, at most that. ``host_memory`` tells whether arenas are ordinary
+    host memory that numpy and MPI use in place.
     """
 
-    def __init__(self, cl_device: cl.Device, profile: bool = False):
+    def __init__(self, cl_device: cl.Device, profile: bool = False, vector: int = 0):
         self.cl = cl_device
+        self._asked = vector
         self.context = cl.Context([cl_device])
         properties = cl.command_queue_properties.PROFILING_ENABLE if profile else 0
         self.queue = cl.CommandQueue(self.context, properties=properties)
@@ -101,23 +126,11 @@ class Device:
 
     @cached_property
     def vector(self) -> int:
-        """Lanes of a vector: 16 on CPUs with AVX-512, 8 on others, 1 (work-items are lanes) elsewhere.
-
-        PoCL's answer is that of the CPU, while its compiler may be older and not know it; vectors wider than the registers
-        it uses spill or do not compile at all. So there the compiler is asked.
-        """
-        if not self.host_memory:
-            return 1
-        if self.cl.native_vector_width_float < 16:
-            return 8
-        return self._compiled_vector() if "Portable Computing Language" in self.cl.platform.name else 16
-
-    def _compiled_vector(self) -> int:
-        answer = self.arena(ALIGNMENT)
-        kernel = self.program("probe").probe_vector
-        kernel(self.queue, (1,), (1,), answer.buffer(0, 4))
-        self.finish()
-        return int(answer.view(0, (1,), np.int32)[0])
+        """Lanes of a vector. Refused if more are asked for than the device has, or a number without kernels."""
+        widest = 1 if not self.host_memory else 16 if self.cl.native_vector_width_float >= 16 else 8
+        if self._asked not in (0, 1, 8, 16) or self._asked > widest:
+            raise Refused(f"vectors of {self._asked} lanes on {self.name}: choose 1, 8 or 16, at most {widest}")
+        return self._asked or widest
 
     @property
     def compute_units(self) -> int:
@@ -134,7 +147,9 @@ class Device:
         options = [f"-D{name}={value}" for name, value in sorted(defines.items())]
         key = " ".join([stem, *options])
         if key not in self._programs:
-            self._programs[key] = self._build(key, kernel_source(stem), options)
+            source = kernel_source(stem)
+            wide = self.vector == 16 and "Portable Computing Language" in self.cl.platform.name
+            self._programs[key] = self._build(key, for_avx512(source) if wide else source, options)
         return self._programs[key]
 
     def _build(self, key: str, source: str, options: list[str]) -> cl.Program:

@@ -8,7 +8,8 @@ over the list, see `dpresnet.replicas`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import pyopencl as cl
@@ -41,7 +42,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Elements, padding lanes included."""
-        return int(np.prod(self.shape))
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -303,6 +304,7 @@ class Memory:
     """The arenas behind the tensors, for one replica (those of all replicas share the homes that replicas share)."""
 
     homes: dict[str, list[Arena]]
+    _views: dict[Tensor, np.ndarray] = field(default_factory=dict)
 
     def arena(self, tensor: Tensor) -> Arena:
         """The arena a tensor lies in."""
@@ -314,7 +316,9 @@ class Memory:
 
     def view(self, tensor: Tensor) -> np.ndarray:
         """Host side of a tensor, without waiting or copying."""
-        return self.arena(tensor).view(tensor.place[1], tensor.shape, tensor.dtype)
+        if tensor not in self._views:
+            self._views[tensor] = self.arena(tensor).view(tensor.place[1], tensor.shape, tensor.dtype)
+        return self._views[tensor]
 
     def fetch(self, tensor: Tensor) -> np.ndarray:
         """Host side of a tensor whose launch is known to be done: where device and host share memory nothing waits."""

@@ -13,12 +13,6 @@ uint augment_mix(uint x)
     return x ^ x >> 16;
 }
 
-#if VEC == 1
-#define FLOATS convert_float
-#else
-#define FLOATS PASTE(convert_float, VEC)
-#endif
-
 // x [images][CHANNELS][height][width] u8 -> y [images][1][height][width][BLOCK] = crop(x) * scale + offset, in one pixel of
 // which a vector holds channels. affine [2][BLOCK] = scale, offset: 1 / (255 deviation) and -mean / deviation, zeros in the
 // padding lanes. Pixels beyond the border are 0 before normalisation.
@@ -49,7 +43,7 @@ __kernel void augment_normalise(__global const uchar *restrict x, __global const
             veci value = 0;
             UNROLL for (int l = 0; l < VEC; l++)
                 if (part + l < CHANNELS) ((int *)&value)[l] = image[(part + l) * height * width + start + col * step];
-            STORE(FLOATS(value) * scale + offset, pixels + col * BLOCK + part);
+            STORE(CONVERT(value, float) * scale + offset, pixels + col * BLOCK + part);
         }
         for (int col = last; col < width; col++) STORE(offset, pixels + col * BLOCK + part);
     }

@@ -115,7 +115,7 @@ __kernel void batchnorm_running(__global const float *restrict mean, __global co
     VECTORS(k) {
         const int channel = CHANNEL + k * VEC;
         STOREF(LOADF(mean + channel), moments + channel);
-        STOREF(1.0f / sqrt(LOADF(var + channel) + eps), moments + CHANNELS + channel);
+        for (int l = channel; l < channel + VEC; l++) moments[CHANNELS + l] = 1.0f / sqrt(var[l] + eps);
     }
 }
 

@@ -6,6 +6,7 @@
 // HALF   1: activations and their gradients are stored as fp16; 0: as fp32. Arithmetic is fp32 either way.
 // VEC    lanes of the vectors the device computes with: 16 (AVX-512), 8 (AVX2, NEON pairs), 1 (a GPU: lanes are work-items).
 // ITEMS  vectors that one work-item of an elementwise kernel handles, one after the other.
+// AVX512 defined where the build made the compiler target AVX-512, see `Device` in dpresnet/device.py.
 #ifndef HALF
 #define HALF 0
 #endif
@@ -48,22 +49,37 @@ typedef PASTE(int, VEC) veci;
 #define STREAMF(v, p) STOREF(v, p)
 #endif
 
-// fp16 memory: conversions of whole vectors. A runtime whose compiler does not know the CPU cannot inline its own
-// vload_half / vstore_half (a call each), so where the compiler offers the instruction itself we name it.
+// Conversions of whole vectors. A runtime whose compiler does not know the CPU cannot inline its own functions for vectors (a
+// call each), so where the compiler offers the instruction itself we name it.
 #if VEC == 1
+#define CONVERT(v, type) ((type)(v))
 #define LOADH(p) vload_half(0, (p))
 #define STOREH(v, p) vstore_half((v), 0, (p))
+#else
+#ifdef __clang__
+#define CONVERT(v, type) __builtin_convertvector((v), PASTE(type, VEC))
+#else
+#define CONVERT(v, type) PASTE(PASTE(convert_, type), VEC)(v)
+#endif
+#if VEC == 16 && defined(AVX512)
+#define FROM_HALF(bits) __builtin_ia32_vcvtph2ps512_mask((bits), (vec)(0), -1, 4)  // all lanes, current rounding
+#define TO_HALF(v) __builtin_ia32_vcvtps2ph512_mask((v), 0, (short16)(0), -1)      // all lanes, to nearest
 #elif VEC == 8 && defined(__F16C__) && defined(__clang__) && !defined(PORTABLE_HALF)
-#define LOADH(p) __builtin_ia32_vcvtph2ps256(*(__global const short8 *)(p))
-#define STOREH(v, p) (*(__global short8 *)(p) = __builtin_ia32_vcvtps2ph256((v), 0))
+#define FROM_HALF(bits) __builtin_ia32_vcvtph2ps256(bits)
+#define TO_HALF(v) __builtin_ia32_vcvtps2ph256((v), 0)
+#endif
+#ifdef TO_HALF
+#define LOADH(p) FROM_HALF(*(__global const PASTE(short, VEC) *)(p))
+#define STOREH(v, p) (*(__global PASTE(short, VEC) *)(p) = TO_HALF(v))
 #else
 #define LOADH(p) PASTE(vload_half, VEC)(0, (p))
 #define STOREH(v, p) PASTE(vstore_half, VEC)((v), 0, (p))
 #endif
+#endif
 
 // The value that fp16 storage would give back.
-#if VEC == 8 && defined(__F16C__) && defined(__clang__) && !defined(PORTABLE_HALF)
-#define ROUND_HALF(v) __builtin_ia32_vcvtph2ps256(__builtin_ia32_vcvtps2ph256((v), 0))
+#ifdef TO_HALF
+#define ROUND_HALF(v) FROM_HALF(TO_HALF(v))
 #else
 vec ROUND_HALF(const vec v)
 {
@@ -76,6 +92,13 @@ vec ROUND_HALF(const vec v)
     return PASTE(vload_half, VEC)(0, (half *)bits);
 #endif
 }
+#endif
+
+// Asks for a cache line that is used soon. An interpreter (oclgrind, which compiles to SPIR) has no such instruction.
+#if defined(__clang__) && !defined(__SPIR__)
+#define PREFETCH(p) __builtin_prefetch(p)
+#else
+#define PREFETCH(p)
 #endif
 
 #if HALF

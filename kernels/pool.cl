@@ -5,21 +5,12 @@
 typedef uchar vecu;
 #define AS_INT(v) as_int(v)
 #define AS_VEC(v) as_float(v)
-#define TO_INT(v) ((int)(v))
-#define TO_UCHAR(v) ((uchar)(v))
 #define SAME(a, b) (-((a) == (b)))  // all bits set, as vector comparisons give
 #else
 typedef PASTE(uchar, VEC) vecu;
 #define AS_INT(v) PASTE(as_int, VEC)(v)
 #define AS_VEC(v) PASTE(as_float, VEC)(v)
 #define SAME(a, b) ((a) == (b))
-#ifdef __clang__  // PoCL's own conversions of vectors are calls
-#define TO_INT(v) __builtin_convertvector((v), veci)
-#define TO_UCHAR(v) __builtin_convertvector((v), vecu)
-#else
-#define TO_INT(v) PASTE(convert_int, VEC)(v)
-#define TO_UCHAR(v) PASTE(convert_uchar, VEC)(v)
-#endif
 #endif
 
 // Integers in the order of the values: -0 and 0 are equal, NaN (INT_MAX) is above all. Comparing integers is a vector
@@ -54,7 +45,7 @@ __kernel void pool_max_forward(__global const act *restrict x, __global act *res
                     best = better ? v : best;
                 }
             STORE(best, y + out + col * BLOCK + lane);
-            *(__global vecu *)(index + out + col * BLOCK + lane) = TO_UCHAR(where);
+            *(__global vecu *)(index + out + col * BLOCK + lane) = CONVERT(where, uchar);
         }
     }
 }
@@ -75,7 +66,7 @@ __kernel void pool_max_backward(__global const act *restrict dy, __global const 
             for (int row = first_row; row <= last_row; row++)
                 for (int col = first_col; col <= last_col; col++) {
                     const long i = out + ((long)row * out_width + col) * BLOCK + lane;
-                    const veci where = TO_INT(*(__global const vecu *)(index + i));
+                    const veci where = CONVERT(*(__global const vecu *)(index + i), int);
                     const veci chosen = SAME(where, (veci)((h - row * stride) * kernel_size + w - col * stride));
                     sum += AS_VEC(AS_INT(LOAD(dy + i)) & chosen);
                 }

@@ -1,13 +1,4 @@
-// probe.cl - what the device's compiler generates code for, and how fast its multiply-adds are at best.
-
-__kernel void probe_vector(__global int *lanes)
-{
-#if defined(__AVX512F__)
-    lanes[0] = 16;
-#else
-    lanes[0] = 8;
-#endif
-}
+// probe.cl - how fast a device multiplies and adds, and moves memory, at best.
 
 // CHAINS independent chains of fused multiply-adds in registers, `rounds` long: the ceiling of every other kernel.
 // One work-item: 2 * CHAINS * VEC * rounds operations.

@@ -29,13 +29,6 @@
 
 #define MOST_SEGMENTS 32
 #define PAD BLOCK  // floats between the planes of two points, so that they fall into different cache sets
-// Asks for a cache line that is used soon. An interpreter (oclgrind, which compiles to SPIR) has no such instruction.
-#if defined(__clang__) && !defined(__SPIR__)
-#define PREFETCH(p) __builtin_prefetch(p)
-#else
-#define PREFETCH(p)
-#endif
-
 // Geometry of one launch, in the order of the fields of `Geometry` in dpresnet/ops/winograd.py.
 typedef struct {
     int images, in_blocks, in_height, in_width;  // x [images][in_blocks][in_height][in_width][BLOCK]

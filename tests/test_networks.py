@@ -84,7 +84,7 @@ def test_one_launch_per_activation_each_way(device, arch, stem, activations, nor
 ])  # fmt: skip
 def test_convolutions_take_their_fast_path(device, arch, stem, winograd, direct):
     """All 3x3 convolutions with stride 1 but the first and the grouped ones are computed by F(4x4, 3x3), in all passes."""
-    recorded = model(device, arch, stem=stem, image=64)
+    recorded = model(device, arch, stem=stem, image=128, batch=16)
     passes = Counter(map(kind_of, recorded.train.plan))
     assert [passes[f"winograd_{verb}"] for verb in ("gather", "weight", "pack")] == [2 * winograd, winograd, 2 * winograd]
     assert passes["conv_weight"] == direct

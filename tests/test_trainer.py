@@ -196,6 +196,18 @@ def test_memory_does_not_move_between_steps(device):
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_width_of_vectors_changes_no_bit(device, precision):
+    """So a run may go on where there is no AVX-512."""
+    digests = set()
+    for lanes in {min(8, device.vector), device.vector}:
+        trainer = make(Device(choose_device(), vector=lanes), 16, 2, precision)
+        for seed in range(2):
+            trainer.step(split(*samples(31, seed), 16, 2), 31, 0.1, HYPER)
+        digests.add(trainer.digest())
+    assert len(digests) == 1
+
+
 class Discrete(Device):
     """This device, used as if it had memory of its own: scalar kernels, staging buffers, copies in both directions."""
 

@@ -57,6 +57,7 @@ def add_workload(command: argparse.ArgumentParser, batch: int) -> None:
     command.add_argument("--precision", default="fp32", choices=["fp16", "fp32"], help="of dpresnet (fp32); PyTorch has fp32")
     command.add_argument("--device", default="auto", help="OpenCL device of dpresnet: index or part of its name")
     command.add_argument("--threads", type=int, default=0, help="CPU threads of either side; 0: all cores")
+    command.add_argument("--vector", type=int, default=0, help="lanes of dpresnet's vectors, 8 for AVX2; 0: all there are")
 
 
 def positive(text: str) -> int:
@@ -86,6 +87,7 @@ def workload(args: argparse.Namespace) -> Workload:
         precision=args.precision,
         device=args.device,
         threads=args.threads or environment.default_threads(1),
+        vector=args.vector,
         infer=getattr(args, "infer", False),
     )
 

@@ -35,7 +35,7 @@ class Ours:
 
     def __init__(self, work: Workload):
         self.work, sgd = work, Sgd()
-        self.device = Device(choose_device(work.device))
+        self.device = Device(choose_device(work.device), vector=work.vector)
         edge = (0.5,) * 3
         pixels = Pixels(np.array(edge), np.array(edge) / 2, padding=max(1, work.image // 8), flip=True)
         shape = (3, work.image, work.image)

@@ -20,6 +20,7 @@ class Workload:
     precision: str = "fp32"
     device: str = "auto"
     threads: int = 1
+    vector: int = 0
     infer: bool = False
 
     def __post_init__(self) -> None:

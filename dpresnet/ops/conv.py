@@ -82,9 +82,9 @@ def gather_cost(conv: Conv, geometry: Geometry) -> float:
     lanes, terms, tiles = conv.lanes(transposed), conv.terms(transposed), conv.tiles(transposed)
     whole, rest = divmod(geometry.lines, geometry.group_lines)
     groups, parts = whole + (rest > 0), -(-tiles // geometry.group_tiles)
-    edge = conv.defines(transposed)["TILE_P"]
+    edge = conv.tile_rows("conv_gather", transposed)
     pixels = [-(-lines * geometry.grid_width // edge) * edge for lines in (geometry.group_lines, rest)]
-    weights = geometry.tile_blocks * geometry.taps * terms * tiles * conv.tile_channels
+    weights = geometry.tile_blocks * geometry.taps * terms * tiles * geometry.tile_channels
     multiply = (whole * pixels[0] + pixels[1]) * weights
     convert = groups * parts * geometry.read_blocks * geometry.patch_rows * geometry.patch_width * lanes
     return (multiply + CONVERT * convert + READ * groups * weights) / conv.vector
@@ -101,7 +101,8 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, t
         size = (-(-geometry.lines // geometry.group_lines), -(-conv.tiles(transposed) // geometry.group_tiles))
         memory = [Local(4 * n) for n in gather_floats(conv, geometry)]
     args = [x, w, y, *tables(conv, geometry), geometry.constant(), *memory]
-    plan.launch(name, "conv_gather", size, args, [y], conv.flops, **conv.defines(transposed))
+    plan.launch(name, "conv_gather", size, args, [y], conv.flops, **conv.defines(transposed),
+                TILE_P=conv.tile_rows("conv_gather", transposed))  # fmt: skip
 
 
 def forward(plan: Plan, name: str, conv: Conv, x: Tensor, packed: Tensor, y: Tensor) -> None:
@@ -121,7 +122,7 @@ def weight_groups(conv: Conv) -> Geometry:
     """
     geometry = geometry_of(conv, transposed=False)
     tiles, blocks = conv.tiles(False), geometry.tile_blocks
-    panel = [max(1, PANEL_CHANNELS // conv.tile_channels) if conv.groups == 1 else 1, min(conv.panel_blocks, blocks)]
+    panel = [max(1, PANEL_CHANNELS // geometry.tile_channels) if conv.groups == 1 else 1, min(conv.panel_blocks, blocks)]
     for axis in (0, 1) if conv.kernel == 1 else (0,):  # twice as large where that leaves enough work-groups
         larger = [size * 2 if i == axis else size for i, size in enumerate(panel)]
         if conv.groups == 1 and conv.segments * -(-tiles // larger[0]) * -(-blocks // larger[1]) >= LEAST_GROUPS:
@@ -143,7 +144,7 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
     geometry = geometry_of(conv, transposed=False)
     partial = Tensor(f"{name}.partial", conv.partial_shape(), np.dtype(np.float32))
     segments, tiles, blocks, entries, channels = partial.shape
-    defines = conv.defines(False)
+    defines = conv.defines(False) | {"TILE_E": conv.tile_rows("conv_weight")}
     if conv.vector == 1:
         _, taps = tables(conv, geometry)
         args = [x, dy, partial, taps, geometry.constant()]

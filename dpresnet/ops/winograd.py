@@ -18,6 +18,9 @@ GATHER_PANEL = 128  # output channels for which it does so
 PANEL = 64  # channels, of both sides, whose weight gradient is summed at once
 WEIGHT_TILES = 16  # over how many tiles at a time
 MOST_SEGMENTS = 32  # see winograd_reduce
+SEGMENT_TILES = 32  # fewer are not worth the transform of their sums
+LEAST_TILES = 16  # of a batch, which are worth the transforms of the weights
+LEAST_SHARE = 0.35  # of the outputs of all tiles that are needed, for F(4x4, 3x3) to be faster
 LAST_LEVEL_BYTES = 16 * 2**20
 RESERVE = 32 * 1024  # bytes of local memory that drivers take for themselves
 
@@ -55,27 +58,43 @@ class Geometry:
         return self.images * self.tile_rows * self.tile_cols
 
     @property
+    def share(self) -> float:
+        """Of the outputs of all tiles, those inside the image."""
+        return self.out_height * self.out_width / (self.tile_rows * self.tile_cols * OUT * OUT)
+
+    @property
     def weights(self) -> int:
         """Number of weights."""
         return self.out_channels * self.in_channels * TAPS
 
 
-def suits(conv: Conv) -> bool:
-    """Whether this convolution is computed here: 3x3 with stride 1, without groups, of whole channel blocks, on vectors."""
+def possible(conv: Conv) -> bool:
+    """Whether these kernels can compute it: 3x3 with stride 1, without groups, of whole channel blocks, on vectors."""
     shape = conv.kernel == 3 and conv.stride == 1 and conv.padding <= 2 and conv.groups == 1
     wide = min(conv.in_channels, conv.out_channels) >= BLOCK
     return shape and wide and conv.vector > 1 and least_local_bytes(conv) <= conv.local_bytes
 
 
+def suits(conv: Conv) -> bool:
+    """Whether it is computed here: where that is possible, and tiles are many and well filled, so that it is faster.
+
+    It follows from the shape alone: which algorithm computes a layer is part of its arithmetic.
+    """
+    if not possible(conv):
+        return False
+    passes = [geometry_of(conv, transposed) for transposed in (False, True)]
+    return all(g.tiles >= LEAST_TILES and g.share >= LEAST_SHARE for g in passes)
+
+
 def least_local_bytes(conv: Conv) -> int:
     """Local memory of the smallest work-groups, for the pass that needs most."""
-    smallest = geometry_of(conv, False, conv.defines(False)["TILE_P"], 1, conv.tile_channels)
-    return 4 * max(sum(gather_floats(smallest)), sum(weight_floats(smallest, conv.defines(False)["TILE_E"])))
+    smallest = geometry_of(conv, False, conv.tile_rows("winograd_gather"), 1, 2 * conv.vector)
+    return 4 * max(sum(gather_floats(smallest)), sum(weight_floats(smallest, conv.tile_rows("winograd_weight"))))
 
 
 def packed_shape(conv: Conv, transposed: bool) -> tuple[int, ...]:
     """[output tile][point][input channel][TILE_O]."""
-    return (conv.tiles(transposed), POINTS, blocks_of(conv.ends(transposed)[1]) * BLOCK, conv.tile_channels)
+    return (conv.tiles(transposed), POINTS, blocks_of(conv.ends(transposed)[1]) * BLOCK, conv.tile_channels(transposed))
 
 
 def geometry_of(conv: Conv, transposed: bool, group_tiles: int = 0, chunk: int = 0, panel: int = 0) -> Geometry:
@@ -98,7 +117,8 @@ def geometry_of(conv: Conv, transposed: bool, group_tiles: int = 0, chunk: int =
 def segments(conv: Conv) -> int:
     """Parts of the batch whose weight gradients are summed apart; it follows from the shape alone, see `Conv.segments`."""
     panels = -(-conv.in_channels // PANEL) * -(-conv.out_channels // PANEL)
-    return min(conv.images, -(-MOST_SEGMENTS // panels))
+    tiles = conv.images * -(-conv.out_height // OUT) * -(-conv.out_width // OUT)
+    return min(conv.images, -(-MOST_SEGMENTS // panels), max(1, tiles // SEGMENT_TILES))
 
 
 def gather_floats(g: Geometry) -> list[int]:
@@ -119,9 +139,9 @@ def gather_groups(conv: Conv, transposed: bool) -> Geometry:
     Transformed input and products are to stay in the second-level cache. Weights beyond the last-level cache are read for more
     tiles at a time. None of it changes the order of any sum.
     """
-    edge, lanes, panels = conv.defines(False)["TILE_P"], conv.tile_channels, conv.tiles(transposed)
+    edge, lanes = conv.tile_rows("winograd_gather", transposed), conv.tile_channels(transposed)
     streamed = 4 * int(np.prod(packed_shape(conv, transposed))) > LAST_LEVEL_BYTES
-    panel = min(GATHER_PANEL // lanes, panels) * lanes
+    panel = min(GATHER_PANEL // lanes, conv.tiles(transposed)) * lanes
     g = geometry_of(conv, transposed, (4 if streamed else 2) * edge, CHUNK, panel)
     g = replace(g, chunk=min(CHUNK, g.in_blocks))
     while 4 * sum(gather_floats(g)) > conv.local_bytes - RESERVE and g != smaller(g, edge, lanes):
@@ -141,7 +161,8 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, t
     g = gather_groups(conv, transposed)
     size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.panel))
     args = [x, u, y, g.constant(), *(Local(4 * n) for n in gather_floats(g))]
-    plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **conv.defines(False))
+    plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **conv.defines(transposed),
+                TILE_P=conv.tile_rows("winograd_gather", transposed))  # fmt: skip
 
 
 def forward(plan: Plan, name: str, conv: Conv, x: Tensor, packed: Tensor, y: Tensor) -> None:
@@ -156,7 +177,7 @@ def backward_data(plan: Plan, name: str, conv: Conv, dy: Tensor, packed: Tensor,
 
 def weight_groups(conv: Conv) -> Geometry:
     """Chooses the tiles and the panel of channels that one work-group of winograd_weight handles at once."""
-    edge, lanes = conv.defines(False)["TILE_E"], conv.tile_channels
+    edge, lanes = conv.tile_rows("winograd_weight"), conv.tile_channels(False)
     chunk = min(PANEL // BLOCK, blocks_of(conv.in_channels))
     g = geometry_of(conv, False, WEIGHT_TILES, chunk, min(max(1, PANEL // lanes), conv.tiles(False)) * lanes)
     while 4 * sum(weight_floats(g, edge)) > conv.local_bytes - RESERVE and g != smaller(g, 4, lanes):
@@ -170,8 +191,9 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
     parts = -(-g.in_blocks // g.chunk), -(-g.out_blocks * BLOCK // g.panel)
     single = g.segments == 1
     partial = dw if single else Tensor(f"{name}.partial", (g.segments, g.segment_size), np.dtype(np.float32))
-    args = [x, dy, partial, g.constant(), *(Local(4 * n) for n in weight_floats(g, conv.defines(False)["TILE_E"]))]
-    plan.launch(name, "winograd_weight", (g.segments, *parts), args, [partial], conv.flops, **conv.defines(False))
+    edge = conv.tile_rows("winograd_weight")
+    args = [x, dy, partial, g.constant(), *(Local(4 * n) for n in weight_floats(g, edge))]
+    plan.launch(name, "winograd_weight", (g.segments, *parts), args, [partial], conv.flops, **conv.defines(False), TILE_E=edge)
     if not single:
         sizes = np.int32(g.segments), np.int32(g.segment_size)
         plan.elementwise(f"{name}.reduce", "winograd_reduce", g.weights, [partial, dw, *sizes], [dw])
@@ -181,4 +203,4 @@ def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, tran
     """Refreshes a working copy from the fp32 master weights."""
     tiles, _, channels, _ = packed.shape
     args = [master, packed, geometry_of(conv, transposed).constant()]
-    plan.launch(name, "winograd_pack", (channels // BLOCK, tiles), args, [packed], **conv.defines(False))
+    plan.launch(name, "winograd_pack", (channels // BLOCK, tiles), args, [packed], **conv.defines(transposed))

@@ -38,16 +38,14 @@ POISON_READ = 0x7FFF  # around inputs: NaN too, but another, so that it shows wh
 EPS16, EPS32 = 2.0**-11, 2.0**-24  # half a unit in the last place of 1.0
 
 
-class Scalar(Device):
-    """The device on the path that GPUs take: a work-item is one lane."""
-
-    vector = 1
+PATHS = {"vector": 0, "narrow": 8, "scalar": 1}  # lanes: as many as there are, those of AVX2, or none, the path that GPUs take
 
 
 @cache
 def device_for(path: str) -> Device:
-    """The device of this test run: "vector" as it computes by itself, "scalar" without vectors."""
-    return {"vector": Device, "scalar": Scalar}[path](choose_device())
+    """The device of this test run, computing with the lanes of a path, or fewer where it has fewer."""
+    chosen = choose_device()
+    return Device(chosen, vector=min(PATHS[path], Device(chosen).vector))
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Mode:
 
 
 each_mode = pytest.mark.parametrize(
-    "mode", [Mode(precision, path) for precision in ("fp32", "fp16") for path in ("vector", "scalar")], ids=str
+    "mode", [Mode(precision, path) for precision in ("fp32", "fp16") for path in PATHS], ids=str
 )
 
 

@@ -4,7 +4,7 @@ from dataclasses import astuple, dataclass, fields, replace
 
 import numpy as np
 import pytest
-from harness import Bench, Mode, Scalar, each_mode, struct_in
+from harness import Bench, Mode, each_mode, struct_in
 
 from dpresnet import reference
 from dpresnet.convolution import LEAST_GROUPS
@@ -275,7 +275,7 @@ def test_vectors_use_register_tiles(mode):
     assert len(launches) == 2
     for launch in launches:
         assert any(isinstance(a, Local) for a in launch.args) == (bench.plan.device.vector > 1)
-    assert isinstance(mode.device, Scalar) or (mode.device.vector > 1) == mode.device.host_memory
+    assert mode.path == "scalar" or (mode.device.vector > 1) == mode.device.host_memory
 
 
 def launches_of(bench: Bench, verb: str) -> list[Launch]:

@@ -10,7 +10,7 @@ import pytest
 from harness import Bench, Mode, device_for, each_mode
 
 from dpresnet import device as under_test
-from dpresnet.device import ALIGNMENT, BuildError, choose_device, list_devices
+from dpresnet.device import ALIGNMENT, BuildError, Device, choose_device, list_devices
 from dpresnet.errors import Refused
 from dpresnet.plan import (
     Constant,
@@ -106,8 +106,14 @@ def test_no_platform_is_refused_with_a_remedy(monkeypatch):
 def test_lanes_fit_the_device():
     device = device_for("vector")
     assert device.vector in ((8, 16) if device.host_memory else (1,))
-    assert device_for("scalar").vector == 1
+    assert device_for("narrow").vector == min(8, device.vector) and device_for("scalar").vector == 1
     assert device.cl.name.strip() in device.name and device.cl.driver_version in device.name
+
+
+@pytest.mark.parametrize("lanes", [-1, 2, 32])
+def test_lanes_without_kernels_are_refused(lanes):
+    with pytest.raises(Refused, match=f"vectors of {lanes} lanes on .*: choose 1, 8 or 16, at most"):
+        _ = Device(choose_device(), vector=lanes).vector
 
 
 # Programs

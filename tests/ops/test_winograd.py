@@ -28,13 +28,21 @@ SHAPES = [
     Shape(1, 128, 512, 5, 2, 3, 1, 1),  # one segment: no partial sums
 ]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-each_precision = pytest.mark.parametrize("mode", [Mode("fp32", "vector"), Mode("fp16", "vector")], ids=str)
+each_vector = pytest.mark.parametrize(
+    "mode", [Mode(precision, path) for precision in ("fp32", "fp16") for path in ("vector", "narrow")], ids=str
+)
 
 
 def conv_of(bench, shape):
     found = conv.conv_for(bench.plan, bench.plan.image("x", *shape.x), shape.outs, shape.kernel, *shape.window)
-    assert winograd.suits(found)
+    assert winograd.possible(found)
     return found
+
+
+@pytest.fixture(autouse=True)
+def several_segments(monkeypatch):
+    """Of few tiles each, so that small shapes have what large ones have."""
+    monkeypatch.setattr(winograd, "SEGMENT_TILES", 1)
 
 
 def gathered(bench, shape, source, w, transposed):
@@ -66,7 +74,7 @@ def passes(shape, device=None):
     return results
 
 
-@each_precision
+@each_vector
 @each_shape
 def test_forward(mode, shape):
     bench = Bench(mode)
@@ -75,7 +83,7 @@ def test_forward(mode, shape):
     bench.assert_close(y, reference.conv_forward(x, w, *shape.window), w[0].size)
 
 
-@each_precision
+@each_vector
 @each_shape
 def test_backward_data(mode, shape):
     bench = Bench(mode)
@@ -84,7 +92,7 @@ def test_backward_data(mode, shape):
     bench.assert_close(dx, reference.conv_backward_data(dy, w, shape.x, *shape.window), w[:, 0].size)
 
 
-@each_precision
+@each_vector
 @each_shape
 def test_backward_weight(mode, shape):
     bench = Bench(mode)
@@ -117,7 +125,7 @@ def test_error_is_near_that_of_direct_sums(channels):
     assert transformed < 3 * error(y)
 
 
-@each_precision
+@each_vector
 def test_weights_are_rounded_to_the_storage_precision(mode):
     """One tap in the middle: of its transform, the point at 0 is the weight times the constants of that point."""
     w = np.zeros((16, 16, 3, 3))
@@ -160,7 +168,33 @@ def test_what_is_left_to_the_direct_sums():
     found = conv_of(Bench(Mode("fp32", "vector")), SHAPES[3])
     others = [{"kernel": 1, "padding": 0}, {"stride": 2}, {"groups": 2}, {"in_channels": 3}, {"vector": 1}]
     others.append({"local_bytes": 2**13})
-    assert not any(winograd.suits(replace(found, **change)) for change in others)
+    assert not any(winograd.possible(replace(found, **change)) for change in others)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (Shape(16, 64, 64, 4, 4, 3, 1, 1), True),
+        (Shape(15, 64, 64, 4, 4, 3, 1, 1), False),  # the weights are transformed for too few tiles
+        (Shape(64, 64, 64, 2, 2, 3, 1, 1), False),  # three quarters of each tile are outside
+        (Shape(64, 64, 64, 4, 3, 3, 1, 0), False),  # forward: 2x1 outputs of a tile
+        (Shape(64, 64, 64, 2, 1, 3, 1, 2), False),  # gradient of the input
+        (Shape(64, 64, 64, 7, 7, 3, 1, 1), True),
+        (Shape(64, 3, 64, 32, 32, 3, 1, 1), False),
+    ],
+    ids=str,
+)
+def test_only_many_and_well_filled_tiles_are_worth_it(shape, expected):
+    bench = Bench(Mode("fp32", "vector"))
+    found = conv.conv_for(bench.plan, bench.plan.image("x", *shape.x), shape.outs, shape.kernel, *shape.window)
+    assert winograd.suits(found) == expected
+
+
+def test_segments_are_worth_the_transform_of_their_sums(monkeypatch):
+    monkeypatch.undo()
+    bench = Bench(Mode("fp32", "vector"))
+    shapes = [Shape(images, 16, 16, size, size, 3, 1, 1) for images, size in [(32, 4), (32, 8), (128, 32)]]
+    assert [winograd.segments(conv_of(bench, shape)) for shape in shapes] == [1, 4, 32]
 
 
 def test_order_of_the_weight_gradient_is_the_same_for_every_vector_width():
