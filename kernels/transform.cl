@@ -22,6 +22,8 @@
 #define AT_P (1 / (2 * P2 * (P2 - Q2)))
 #define AT_Q (1 / (2 * Q2 * (Q2 - P2)))
 
+#define KEEP(v, mask) PASTE(as_float, VEC)(PASTE(as_int, VEC)(v) & (veci)(mask))  // v where the mask is -1, 0 where it is 0
+
 // v[0..5] = B^T v, one column or row of a tile.
 #define TRANSFORM_IN(v0, v1, v2, v3, v4, v5)                             \
     {                                                                    \
@@ -40,21 +42,29 @@ void winograd_transform_in(__global const act *restrict image, __local float *re
                            const int row0, const int col0, const int height, const int width)
 {
     vec t[EDGE][EDGE];
-    const int inside = row0 >= 0 && col0 >= 0 && row0 + EDGE <= height && col0 + EDGE <= width;
-    __global const act *corner = image + ((long)row0 * width + col0) * BLOCK;
-    UNROLL for (int c = 0; c < EDGE; c++) {
-        vec v[EDGE];
-        if (inside) {
+    if (row0 >= 0 && col0 >= 0 && row0 + EDGE <= height && col0 + EDGE <= width) {
+        __global const act *corner = image + ((long)row0 * width + col0) * BLOCK;
+        UNROLL for (int c = 0; c < EDGE; c++) {
+            vec v[EDGE];
             UNROLL for (int r = 0; r < EDGE; r++) v[r] = LOAD(corner + (r * width + c) * BLOCK);
-        } else {
-            UNROLL for (int r = 0; r < EDGE; r++) {
-                v[r] = 0;
-                if (row0 + r >= 0 && row0 + r < height && col0 + c >= 0 && col0 + c < width)
-                    v[r] = LOAD(corner + (r * width + c) * BLOCK);
-            }
+            TRANSFORM_IN(v[0], v[1], v[2], v[3], v[4], v[5])
+            UNROLL for (int r = 0; r < EDGE; r++) t[r][c] = v[r];
         }
-        TRANSFORM_IN(v[0], v[1], v[2], v[3], v[4], v[5])
-        UNROLL for (int r = 0; r < EDGE; r++) t[r][c] = v[r];
+    } else {  // reads some pixel instead of one outside, and clears its bits: faster than branches
+        long row[EDGE];
+        int inside[EDGE];
+        UNROLL for (int r = 0; r < EDGE; r++) {
+            inside[r] = -(row0 + r >= 0 && row0 + r < height);
+            row[r] = (long)((row0 + r) & inside[r]) * width * BLOCK;
+        }
+        UNROLL for (int c = 0; c < EDGE; c++) {
+            const int here = -(col0 + c >= 0 && col0 + c < width);
+            __global const act *column = image + ((col0 + c) & here) * BLOCK;
+            vec v[EDGE];
+            UNROLL for (int r = 0; r < EDGE; r++) v[r] = KEEP(LOAD(column + row[r]), here & inside[r]);
+            TRANSFORM_IN(v[0], v[1], v[2], v[3], v[4], v[5])
+            UNROLL for (int r = 0; r < EDGE; r++) t[r][c] = v[r];
+        }
     }
     UNROLL for (int r = 0; r < EDGE; r++) {
         TRANSFORM_IN(t[r][0], t[r][1], t[r][2], t[r][3], t[r][4], t[r][5])
@@ -103,12 +113,16 @@ void winograd_transform_grad(__global const act *restrict dy, __local float *res
         out(5, y3);                                                      \
     }
     vec t[EDGE][OUT];
+    const int whole = rows >= OUT && cols >= OUT;
     UNROLL for (int c = 0; c < OUT; c++) {
         vec v[OUT];
-        UNROLL for (int r = 0; r < OUT; r++) {
-            v[r] = 0;
-            if (r < rows && c < cols) v[r] = LOAD(dy + (r * width + c) * BLOCK);
-        }
+        if (whole)
+            UNROLL for (int r = 0; r < OUT; r++) v[r] = LOAD(dy + (r * width + c) * BLOCK);
+        else
+            UNROLL for (int r = 0; r < OUT; r++) {  // some pixel instead of one outside, its bits cleared
+                const int inside = -(r < rows && c < cols);
+                v[r] = KEEP(LOAD(dy + ((r * width + c) & inside) * BLOCK), inside);
+            }
 #define DOWN(r, value) t[r][c] = value
         TRANSFORM_GRAD(v[0], v[1], v[2], v[3], DOWN)
 #undef DOWN
