@@ -35,6 +35,13 @@ typedef PASTE(float, VEC) vec;
 typedef PASTE(int, VEC) veci;
 #endif
 
+// v where all bits of the mask are set, 0 where none is: whatever v is, unlike a product with 0.
+#if VEC == 1
+#define KEEP(v, mask) as_float(as_int(v) & (mask))
+#else
+#define KEEP(v, mask) PASTE(as_float, VEC)(PASTE(as_int, VEC)(v) & (veci)(mask))
+#endif
+
 // fp32 memory: plain dereferences, so every address must be a multiple of the vector (arenas and blocks are).
 #define LOADF(p) (*(__global const vec *)(p))
 #define STOREF(v, p) (*(__global vec *)(p) = (v))

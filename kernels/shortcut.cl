@@ -24,12 +24,17 @@ __kernel void shortcut_backward(__global const act *restrict dy, __global act *r
     const int row = get_global_id(0), block = get_global_id(1), n = get_global_id(2);
     const long from = (((long)n * out_blocks + block) * out_height + row / stride) * out_width * BLOCK;
     const long to = (((long)n * get_global_size(1) + block) * get_global_size(0) + row) * width * BLOCK;
-    for (int c = 0; c < width; c++)
-        for (int lane = 0; lane < BLOCK; lane += VEC) {
-            vec v = 0;
-            if (row % stride == 0 && c % stride == 0) v = LOAD(dy + from + c / stride * BLOCK + lane);
-            for (int l = 0; l < VEC; l++)
-                if (block * BLOCK + lane + l >= channels) ((float *)&v)[l] = 0;
-            STORE(v, dx + to + c * BLOCK + lane);
-        }
+    for (int lane = 0; lane < BLOCK; lane += VEC) {
+        veci keep;  // all bits of the lanes that are channels
+        for (int l = 0; l < VEC; l++) ((int *)&keep)[l] = -(block * BLOCK + lane + l < channels);
+        __global const act *source = dy + from + lane;
+        __global act *target = dx + to + lane;
+        if (row % stride)
+            for (int c = 0; c < width; c++) STORE((vec)(0), target + c * BLOCK);
+        else
+            for (int c = 0, next = 0; c < width; next += stride, source += BLOCK) {  // column `next` has a pixel of dy
+                STORE(KEEP(LOAD(source), keep), target + c * BLOCK);
+                for (c++; c < min(next + stride, width); c++) STORE((vec)(0), target + c * BLOCK);
+            }
+    }
 }

@@ -22,8 +22,6 @@
 #define AT_P (1 / (2 * P2 * (P2 - Q2)))
 #define AT_Q (1 / (2 * Q2 * (Q2 - P2)))
 
-#define KEEP(v, mask) PASTE(as_float, VEC)(PASTE(as_int, VEC)(v) & (veci)(mask))  // v where the mask is -1, 0 where it is 0
-
 // v[0..5] = B^T v, one column or row of a tile.
 #define TRANSFORM_IN(v0, v1, v2, v3, v4, v5)                             \
     {                                                                    \
