@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -114,6 +115,11 @@ class Launch:
     def tensors(self) -> list[Tensor]:
         """Every tensor it touches."""
         return [argument for argument in self.args if isinstance(argument, Tensor)]
+
+    @cached_property
+    def statistics(self) -> list[Tensor]:
+        """Those of the written tensors that replicas exchange."""
+        return [tensor for tensor in self.writes if tensor.home == "statistic"]
 
     def __str__(self) -> str:
         out = ", ".join(f"{t.name} {list(t.shape)} {t.dtype} {t.nbytes / 1024:.1f} KiB" for t in self.writes)

@@ -93,7 +93,8 @@ class Replicas:
                 case Launch():
                     for replica in self.all:
                         event = self.enqueue(entry, replica.kernels[plan][index])
-                    written |= {tensor: event for tensor in entry.writes if tensor.home == "statistic"}
+                    for tensor in entry.statistics:
+                        written[tensor] = event
                 case Exchange():
                     exchange(entry, written[entry.source])
                 case Ready():

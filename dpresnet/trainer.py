@@ -180,10 +180,9 @@ class Trainer:
         """Waits for the entry's values, combines them over the replicas and writes the result for each."""
         self._wait_for(event)
         channels = entry.source.shape[1]
-        rows = [
-            np.concatenate([[valid * entry.pixels], replica.memory.fetch(entry.source).ravel()], dtype=np.float64)
-            for replica, valid in zip(self.replicas.all, self._valid, strict=True)
-        ]
+        rows = [np.empty(1 + 2 * channels) for _ in self.replicas.all]
+        for row, replica, valid in zip(rows, self.replicas.all, self._valid, strict=True):
+            row[0], row[1:] = valid * entry.pixels, replica.memory.fetch(entry.source).ravel()
         combine = merge_moments if entry.kind == "statistics" else add
         if self.sync:
             rows = [self._exchange.combine(rows, combine)] * len(rows)
@@ -206,8 +205,8 @@ class Trainer:
 
     @property
     def _reducing(self) -> bool:
-        """Whether buckets are under way or about to be."""
-        return bool(self._ready or self._reduce.running)
+        """Whether buckets are under way or about to be, on the way to other ranks."""
+        return self.comm.size > 1 and bool(self._ready or self._reduce.running)
 
     def _merge_local(self) -> None:
         """Without sync, running statistics still are those of the global batch: one exchange for all layers."""
