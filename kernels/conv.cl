@@ -175,46 +175,6 @@ INLINE void conv_accumulate(__local float *sums, __local const float *patch, __l
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[j][v], sums + j * TILE_O + v * VEC);
 }
 
-#if GROUP == 0 && TERMS == BLOCK
-// See conv_write_gradient: where tile and block are wholly connected, `step` floats from one output channel to the next: four output channels by
-// four neighbouring (channel, tap) at a time.
-void conv_write_whole(__local const float *restrict sums, __global float *restrict out, const int taps, const long step)
-{
-    for (int o = 0; o < TILE_O; o += 4, out += 4 * step)
-        for (int k = 0, i = 0, t = 0; k < BLOCK * taps; k += 4) {
-            float4 v[4];
-            UNROLL for (int r = 0; r < 4; r++) {
-                v[r] = *(__local const float4 *)(sums + (t * TERMS + i) * TILE_O + o);
-                if (++t == taps) t = 0, i++;
-            }
-            UNROLL for (int l = 0; l < 4; l++)
-                UNROLL for (int r = 0; r < 4; r++) out[l * step + k + r] = ((const float *)(v + r))[l];
-        }
-}
-#endif
-
-// Writes the gradient between an output tile and an input block, [tap * TERMS + c][TILE_O], in the order of the parameter
-// [out_channels][in_group][tap].
-void conv_write_gradient(__local const float *restrict sums, __global float *restrict dw, const int tile, const int block,
-                         const Geometry g)
-{
-    const int o0 = tile * TILE_O, outs = min(TILE_O, g.out_channels - o0);
-#if GROUP == 0 && TERMS == BLOCK
-    if (g.in_group == g.in_channels && outs == TILE_O && (block + 1) * BLOCK <= g.in_channels) {
-        conv_write_whole(sums, dw + ((long)o0 * g.in_group + block * BLOCK) * g.taps, g.taps, (long)g.in_group * g.taps);
-        return;
-    }
-#endif
-    for (int o = o0; o < o0 + outs; o++) {
-        const int start = o / g.out_group * g.in_group;  // input channels that o is connected to
-        const int first = max(block * BLOCK, start), last = min(block * BLOCK + (GROUP ? BLOCK : TERMS), start + g.in_group);
-        __global float *out = dw + ((long)o * g.in_group + first - start) * g.taps;
-        const int shift = GROUP ? start : block * BLOCK;  // the channel of the first term
-        for (int i = first; i < last; i++)
-            for (int t = 0; t < g.taps; t++) *out++ = sums[(t * TERMS + i - shift) * TILE_O + o - o0];
-    }
-}
-
 // Gradient of the weights between group_tiles output tiles and group_blocks input blocks, summed over the lines of a segment,
 // pixel by pixel. With one segment it is the gradient itself; with several a part of it, for conv_weight_reduce:
 // partial[segment][output tile][input block of the tile][tap * TERMS + c][TILE_O].
