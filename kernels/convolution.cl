@@ -116,8 +116,8 @@ int conv_list(__local int *restrict table, const int step, const int line, const
 }
 
 #if GROUP == 0 && TERMS == BLOCK
-// See conv_write_gradient: where tile and block are wholly connected, `step` floats from one output channel to the next: four output channels by
-// four neighbouring (channel, tap) at a time.
+// What conv_write_gradient does where tile and block are wholly connected, with `step` floats from one output channel to the
+// next: four output channels by four neighbouring (channel, tap) at a time.
 void conv_write_whole(__local const float *restrict sums, __global float *restrict out, const int taps, const long step)
 {
     for (int o = 0; o < TILE_O; o += 4, out += 4 * step)
