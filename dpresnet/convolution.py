@@ -125,6 +125,7 @@ class Conv:
     groups: int
     vector: int  # lanes of the vectors it is computed with
     local_bytes: int  # local memory of a work-group
+    units: int = 1  # that compute at once: the work is divided among them
 
     @property
     def out_height(self) -> int:

@@ -22,6 +22,7 @@ from dpresnet.convolution import (
 from dpresnet.device import BLOCK
 from dpresnet.plan import Local, Plan, Tensor
 
+UNIT_GROUPS = 4  # work-groups of conv_gather that keep a compute unit busy to the end; with more of them patches overlap more
 PIXELS = 384  # most output pixels of one work-group of conv_gather
 PATCH_BYTES = 2**19  # of its patch: half of the second-level cache
 CONVERT, READ = 4, 4  # cost of converting one value for the patch, of reading one weight, in multiplications
@@ -41,7 +42,7 @@ def conv_for(plan: Plan, x: Tensor, out_channels: int, kernel: int, stride: int,
     """
     device = plan.device
     conv = Conv(x.images, x.channels, out_channels, x.height, x.width, kernel, stride, padding, groups,
-                device.vector, min(device.local_bytes, MOST_LOCAL_BYTES))  # fmt: skip
+                device.vector, min(device.local_bytes, MOST_LOCAL_BYTES), device.compute_units)  # fmt: skip
     return conv if least_local_bytes(conv) <= conv.local_bytes else replace(conv, vector=1)
 
 
@@ -53,7 +54,7 @@ def gather_groups(conv: Conv, transposed: bool) -> Geometry:
     most = min(geometry.lines, max(1, PIXELS // (geometry.grid_width * geometry.phases)))
     choices = []
     for lines in range(1, most + 1):
-        parts = min(tiles, -(-LEAST_GROUPS // -(-geometry.lines // lines)))
+        parts = min(tiles, -(-UNIT_GROUPS * conv.units // -(-geometry.lines // lines)))
         choices.append(fitting(conv, geometry.divided(lines, geometry.in_blocks, tiles // parts)))
     return min(filter(None, choices), key=lambda choice: gather_cost(conv, choice), default=geometry)
 
