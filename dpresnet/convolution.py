@@ -147,7 +147,9 @@ class Conv:
         """TILE_V: vectors of output channels of a register tile, or those of a block of small groups."""
         if self.small_group:
             return BLOCK // self.vector
-        return 1 if blocks_of(self.ends(transposed)[0]) * BLOCK <= self.vector else 2
+        outs = self.ends(transposed)[0]
+        few = blocks_of(outs) * BLOCK <= self.vector or outs // self.groups == self.vector
+        return 1 if few else 2  # neither lanes without channels nor, in a tile, a second convolution group
 
     def tile_channels(self, transposed: bool) -> int:
         """TILE_O: output channels of a register tile; without vectors those of a block."""

@@ -41,8 +41,9 @@ def conv_for(plan: Plan, x: Tensor, out_channels: int, kernel: int, stride: int,
     is computed by the scalar ones.
     """
     device = plan.device
+    vector = min(device.vector, 8) if x.channels == 8 * groups else device.vector  # a vector per group: one value for all lanes
     conv = Conv(x.images, x.channels, out_channels, x.height, x.width, kernel, stride, padding, groups,
-                device.vector, min(device.local_bytes, MOST_LOCAL_BYTES), device.compute_units)  # fmt: skip
+                vector, min(device.local_bytes, MOST_LOCAL_BYTES), device.compute_units)  # fmt: skip
     return conv if least_local_bytes(conv) <= conv.local_bytes else replace(conv, vector=1)
 
 
@@ -142,6 +143,7 @@ def weight_groups(conv: Conv) -> Geometry:
 
 def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw: Tensor) -> None:
     """dw [O, C / groups, K, K] from x and dy, in fp32."""
+    conv = replace(conv, vector=min(conv.vector, 8)) if conv.small_group else conv  # permutations of lanes cost less
     geometry = geometry_of(conv, transposed=False)
     partial = Tensor(f"{name}.partial", conv.partial_shape(), np.dtype(np.float32))
     segments, tiles, blocks, entries, channels = partial.shape
