@@ -4,25 +4,23 @@ divides the work. The kernels are in kernels/conv.cl, their launches in `dpresne
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from dpresnet.device import BLOCK
 from dpresnet.plan import Constant, blocks_of
+from dpresnet.tiles import SHIPPED, SHIPPED_ONLY, Sizes, Tuned
 
 MOST_LOCAL_BYTES = 2**20  # more would leave the second-level cache
 LEAST_GROUPS = 32  # work-groups that keep the compute units of a CPU busy to the end
 MOST_SEGMENTS = 64  # see conv_weight_reduce
-PANEL_CHANNELS = 64  # of the output, whose weight gradient is computed together
 
-# Rows of a register tile (pixels, tiles, entries) by lanes of a vector and vectors of output channels: with as many vectors of
-# accumulators each, and the weights that they are multiplied with, they fill 16 (AVX2) or 32 (AVX-512) registers at most.
-ROWS = {
-    8: {1: 12, 2: 6},
-    16: {1: 16, 2: 8},
-}
+# These two decide the number of segments, and so the order of a sum: no size that is chosen for speed may enter there.
+SEGMENT_PANELS = 32  # parts of the weight gradient, times segments, at least
+SEGMENT_CHANNELS = 64  # of the output, in such a part
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,8 @@ class Conv:
     vector: int  # lanes of the vectors it is computed with
     local_bytes: int  # local memory of a work-group
     units: int = 1  # that compute at once: the work is divided among them
+    precision: str = "fp32"  # of activations
+    tuned: Tuned = field(default=SHIPPED_ONLY, compare=False, repr=False)  # sizes measured on the device
 
     @property
     def out_height(self) -> int:
@@ -162,13 +162,33 @@ class Conv:
         small = self.groups > 1 and channels < BLOCK and BLOCK % channels == 0 and self.vector > 1
         return channels if small and self.in_channels == self.out_channels else 0
 
+    def key(self, kernel: str, transposed: bool) -> str:
+        """Names a launch in a file of tuned sizes; begins with the kernel."""
+        purpose = "weight" if kernel.endswith("weight") else "data" if transposed else "forward"
+        shape = f"{self.images}x{self.in_channels}x{self.height}x{self.width} to {self.out_channels}"
+        window = f"{self.kernel}x{self.kernel} stride {self.stride} padding {self.padding} groups {self.groups}"
+        return f"{kernel} {purpose} {self.precision} {shape}, {window}"
+
+    def sizes(self, kernel: str, transposed: bool = False) -> Sizes:
+        """What a launch of this kernel is divided into: as measured on this device, or as shipped for its kind."""
+        found = self.tuned.find(self, kernel, transposed) if self.vector > 1 else None
+        return found or SHIPPED[self.vector][kernel][self.tile_vectors(transposed)]
+
+    @property
+    def shipped(self) -> Conv:
+        """The same without measured sizes."""
+        return replace(self, tuned=SHIPPED_ONLY)
+
+    def fitting(self, floats: Callable[[Conv], list[int]], reserve: int = 0) -> Conv:
+        """Itself if local memory but for ``reserve`` bytes holds what a launch needs, otherwise the same with shipped sizes."""
+        fits = self.tuned is SHIPPED_ONLY or 4 * sum(floats(self)) <= self.local_bytes - reserve
+        return self if fits else self.shipped
+
     def tile_rows(self, kernel: str, transposed: bool = False) -> int:
         """Pixels, tiles or entries of a register tile of this kernel (TILE_P, TILE_E); 1 without vectors."""
-        if self.vector == 1:
-            return 1
-        rows = ROWS[self.vector][self.tile_vectors(transposed)]
+        rows = self.sizes(kernel, transposed).rows
         if kernel == "conv_weight" and self.small_group % self.vector and rows % self.small_group:
-            rows = rows // self.small_group * self.small_group  # lanes are permuted, see ENTRY_TERMS in kernels/conv.cl
+            rows = max(1, rows // self.small_group) * self.small_group  # lanes are permuted, see ENTRY_TERMS in kernels/conv.cl
         return rows
 
     def defines(self, transposed: bool) -> dict[str, int]:
@@ -234,9 +254,9 @@ class Conv:
         It follows from the shape alone, never from the device: the order of the sum, and so its bits, must not depend on
         where it is computed.
         """
-        outs = PANEL_CHANNELS if self.groups == 1 else BLOCK
+        outs = SEGMENT_CHANNELS if self.groups == 1 else BLOCK
         panels = -(-self.out_channels // outs) * -(-self.connected_blocks(False, BLOCK) // self.panel_blocks)
-        return min(self.images * self.out_height, MOST_SEGMENTS, -(-LEAST_GROUPS // panels))
+        return min(self.images * self.out_height, MOST_SEGMENTS, -(-SEGMENT_PANELS // panels))
 
     def partial_shape(self) -> tuple[int, ...]:
         """[segment][output tile][input block][tap * TERMS][TILE_O]."""
@@ -327,6 +347,7 @@ def weight_floats(conv: Conv, geometry: Geometry) -> list[int]:
 
 
 def least_local_bytes(conv: Conv) -> int:
-    """Local memory of the smallest work-groups, for the pass that needs most."""
+    """Local memory of the smallest work-groups of shipped sizes, for the pass that needs most."""
+    conv = conv.shipped
     gathers = [gather_floats(conv, geometry_of(conv, transposed)) for transposed in (False, True)]
     return 4 * max(map(sum, [*gathers, weight_floats(conv, geometry_of(conv, False).divided(1, 1, 1))]))

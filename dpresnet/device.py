@@ -11,16 +11,18 @@ import os
 import re
 import warnings
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 
 import numpy as np
 import pyopencl as cl
 
+from dpresnet import tiles
 from dpresnet.errors import Refused
 
 BLOCK = 16  # neighbouring channels stored together, see kernels/common.cl
 HEADERS = {"conv": ("convolution", "packing"), "winograd": ("transform",)}  # what a source builds on, beside common.cl
+TUNED = ("conv", "winograd")  # stems whose kernels have sizes that can be measured, see `dpresnet.tiles`
 ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most 4096 bits)
 
 
@@ -93,6 +95,12 @@ def kernel_source(stem: str) -> str:
     return "\n".join((folder / f"{name}.cl").read_text() for name in ("common", *HEADERS.get(stem, ()), stem))
 
 
+@cache
+def tuned_kernels() -> str:
+    """A digest of the sources that tuned sizes are measured with."""
+    return hashlib.sha256("".join(map(kernel_source, TUNED)).encode()).hexdigest()[:12]
+
+
 def for_avx512(source: str) -> str:
     """A source whose kernels PoCL compiles for AVX-512, see `AVX512`."""
     return AVX512.replace("SOURCE", re.sub(r"\b__kernel\b[^{]*{", r"\g<0> APART", source))
@@ -123,6 +131,16 @@ class Device:
     def name(self) -> str:
         """Device, platform and driver in one line."""
         return f"{self.cl.name.strip()} ({self.cl.platform.name.strip()}, driver {self.cl.driver_version.strip()})"
+
+    @property
+    def tuning_name(self) -> str:
+        """What measured sizes belong to: device and driver, how many work-groups run at once, lanes."""
+        return f"{self.name}, {self.compute_units} units, {self.vector} lanes"
+
+    @cached_property
+    def tuned(self) -> tiles.Tuned:
+        """Sizes of the convolution kernels that `dpresnet.tune` has measured on this device."""
+        return tiles.tuned(self.tuning_name, tuned_kernels())
 
     @cached_property
     def vector(self) -> int:

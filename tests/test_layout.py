@@ -16,7 +16,7 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 
 # A module may import modules of lower layers only.
 LAYERS = [
-    ["errors", "reference", "tree", "bench.torch_resnet"],
+    ["errors", "reference", "tree", "tiles", "bench.torch_resnet"],
     ["config", "environment", "device", "comm", "datasets.schema", "bench.workload"],
     ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts"],
     ["convolution"],

@@ -9,7 +9,6 @@ import numpy as np
 from dpresnet.convolution import (
     LEAST_GROUPS,
     MOST_LOCAL_BYTES,
-    PANEL_CHANNELS,
     Conv,
     Geometry,
     gather_floats,
@@ -22,11 +21,8 @@ from dpresnet.convolution import (
 from dpresnet.device import BLOCK
 from dpresnet.plan import Local, Plan, Tensor
 
-UNIT_GROUPS = 4  # work-groups of conv_gather that keep a compute unit busy to the end; with more of them patches overlap more
-PIXELS = 384  # most output pixels of one work-group of conv_gather
-PATCH_BYTES = 2**19  # of its patch: half of the second-level cache
+PATCH_BYTES = 2**19  # of the patch of conv_gather: half of the second-level cache
 CONVERT, READ = 4, 4  # cost of converting one value for the patch, of reading one weight, in multiplications
-WEIGHT_PIXELS = 128  # pixels whose gradients conv_weight multiplies from the first-level cache
 
 
 def packed_shape(conv: Conv, transposed: bool) -> tuple[int, ...]:
@@ -40,10 +36,11 @@ def conv_for(plan: Plan, x: Tensor, out_channels: int, kernel: int, stride: int,
     Where even the smallest work-group of the register-tile kernels needs more local memory than there is, the convolution
     is computed by the scalar ones.
     """
-    device = plan.device
+    device, precision = plan.device, "fp16" if plan.half else "fp32"
     vector = min(device.vector, 8) if x.channels == 8 * groups else device.vector  # a vector per group: one value for all lanes
     conv = Conv(x.images, x.channels, out_channels, x.height, x.width, kernel, stride, padding, groups,
-                vector, min(device.local_bytes, MOST_LOCAL_BYTES), device.compute_units)  # fmt: skip
+                vector, min(device.local_bytes, MOST_LOCAL_BYTES), device.compute_units, precision,
+                device.tuned)  # fmt: skip
     return conv if least_local_bytes(conv) <= conv.local_bytes else replace(conv, vector=1)
 
 
@@ -51,11 +48,11 @@ def gather_groups(conv: Conv, transposed: bool) -> Geometry:
     """Chooses how many lines, input blocks and output tiles one work-group computes: the cheapest that fits in local memory
     and gives enough groups for the device. None of it changes the order of any sum.
     """
-    geometry, tiles = geometry_of(conv, transposed), conv.tiles(transposed)
-    most = min(geometry.lines, max(1, PIXELS // (geometry.grid_width * geometry.phases)))
+    geometry, tiles, sizes = geometry_of(conv, transposed), conv.tiles(transposed), conv.sizes("conv_gather", transposed)
+    most = min(geometry.lines, max(1, sizes.pixels // (geometry.grid_width * geometry.phases)))
     choices = []
     for lines in range(1, most + 1):
-        parts = min(tiles, -(-UNIT_GROUPS * conv.units // -(-geometry.lines // lines)))
+        parts = min(tiles, -(-sizes.groups * conv.units // -(-geometry.lines // lines)))
         choices.append(fitting(conv, geometry.divided(lines, geometry.in_blocks, tiles // parts)))
     return min(filter(None, choices), key=lambda choice: gather_cost(conv, choice), default=geometry)
 
@@ -99,6 +96,7 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, t
         size = (geometry.out_blocks * BLOCK, geometry.out_height * geometry.out_width, conv.images)
         memory = []
     else:
+        conv = conv.fitting(lambda c: gather_floats(c, gather_groups(c, transposed)))
         geometry = gather_groups(conv, transposed)
         size = (-(-geometry.lines // geometry.group_lines), -(-conv.tiles(transposed) // geometry.group_tiles))
         memory = [Local(4 * n) for n in gather_floats(conv, geometry)]
@@ -122,14 +120,14 @@ def weight_groups(conv: Conv) -> Geometry:
 
     None of it changes the order of any sum.
     """
-    geometry = geometry_of(conv, transposed=False)
+    geometry, sizes = geometry_of(conv, transposed=False), conv.sizes("conv_weight")
     tiles, blocks = conv.tiles(False), geometry.tile_blocks
-    panel = [max(1, PANEL_CHANNELS // geometry.tile_channels) if conv.groups == 1 else 1, min(conv.panel_blocks, blocks)]
+    panel = [max(1, sizes.panel // geometry.tile_channels) if conv.groups == 1 else 1, min(conv.panel_blocks, blocks)]
     for axis in (0, 1) if conv.kernel == 1 else (0,):  # twice as large where that leaves enough work-groups
         larger = [size * 2 if i == axis else size for i, size in enumerate(panel)]
-        if conv.groups == 1 and conv.segments * -(-tiles // larger[0]) * -(-blocks // larger[1]) >= LEAST_GROUPS:
+        if conv.groups == 1 and conv.segments * -(-tiles // larger[0]) * -(-blocks // larger[1]) >= sizes.groups:
             panel = larger
-    lines = max(1, min(-(-geometry.lines // conv.segments), WEIGHT_PIXELS // geometry.grid_width))
+    lines = max(1, min(-(-geometry.lines // conv.segments), sizes.pixels // geometry.grid_width))
     chosen = geometry.divided(lines, min(panel[1], blocks), min(panel[0], tiles))
     while 4 * sum(weight_floats(conv, chosen)) > conv.local_bytes:
         lines, blocks, tiles = chosen.group_lines, chosen.group_blocks, chosen.group_tiles
@@ -137,13 +135,18 @@ def weight_groups(conv: Conv) -> Geometry:
             lines -= 1
         else:
             blocks, tiles = -(-blocks // 2), -(-tiles // 2)
-        chosen = chosen.divided(lines, blocks, tiles)
+        smaller = chosen.divided(lines, blocks, tiles)
+        if smaller == chosen:
+            break
+        chosen = smaller
     return chosen
 
 
 def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw: Tensor) -> None:
     """dw [O, C / groups, K, K] from x and dy, in fp32."""
     conv = replace(conv, vector=min(conv.vector, 8)) if conv.small_group else conv  # permutations of lanes cost less
+    if conv.vector > 1:
+        conv = conv.fitting(lambda c: weight_floats(c, weight_groups(c)))
     geometry = geometry_of(conv, transposed=False)
     partial = Tensor(f"{name}.partial", conv.partial_shape(), np.dtype(np.float32))
     segments, tiles, blocks, entries, channels = partial.shape

@@ -13,10 +13,7 @@ from dpresnet.plan import Constant, Local, Plan, Tensor, blocks_of
 EDGE, OUT = 6, 4  # rows and columns of a transformed tile, and of its outputs
 POINTS = EDGE * EDGE
 TAPS = 9
-CHUNK = 4  # input blocks that winograd_gather transforms at once
-GATHER_PANEL = 128  # output channels for which it does so
-PANEL = 64  # channels, of both sides, whose weight gradient is summed at once
-WEIGHT_TILES = 16  # over how many tiles at a time
+SEGMENT_CHANNELS = 64  # of both sides: parts of the weight gradient, whose number decides that of the segments
 MOST_SEGMENTS = 32  # see winograd_reduce
 SEGMENT_TILES = 32  # fewer are not worth the transform of their sums
 LEAST_TILES = 16  # of a batch, which are worth the transforms of the weights
@@ -87,7 +84,8 @@ def suits(conv: Conv) -> bool:
 
 
 def least_local_bytes(conv: Conv) -> int:
-    """Local memory of the smallest work-groups, for the pass that needs most."""
+    """Local memory of the smallest work-groups of shipped sizes, for the pass that needs most."""
+    conv = conv.shipped
     smallest = geometry_of(conv, False, conv.tile_rows("winograd_gather"), 1, 2 * conv.vector)
     return 4 * max(sum(gather_floats(smallest)), sum(weight_floats(smallest, conv.tile_rows("winograd_weight"))))
 
@@ -116,7 +114,7 @@ def geometry_of(conv: Conv, transposed: bool, group_tiles: int = 0, chunk: int =
 
 def segments(conv: Conv) -> int:
     """Parts of the batch whose weight gradients are summed apart; it follows from the shape alone, see `Conv.segments`."""
-    panels = -(-conv.in_channels // PANEL) * -(-conv.out_channels // PANEL)
+    panels = -(-conv.in_channels // SEGMENT_CHANNELS) * -(-conv.out_channels // SEGMENT_CHANNELS)
     tiles = conv.images * -(-conv.out_height // OUT) * -(-conv.out_width // OUT)
     return min(conv.images, -(-MOST_SEGMENTS // panels), max(1, tiles // SEGMENT_TILES))
 
@@ -141,9 +139,10 @@ def gather_groups(conv: Conv, transposed: bool) -> Geometry:
     """
     edge, lanes = conv.tile_rows("winograd_gather", transposed), conv.tile_channels(transposed)
     streamed = 4 * int(np.prod(packed_shape(conv, transposed))) > LAST_LEVEL_BYTES
-    panel = min(GATHER_PANEL // lanes, conv.tiles(transposed)) * lanes
-    g = geometry_of(conv, transposed, (4 if streamed else 2) * edge, CHUNK, panel)
-    g = replace(g, chunk=min(CHUNK, g.in_blocks))
+    sizes = conv.sizes("winograd_gather", transposed)
+    panel = min(max(1, sizes.panel // lanes), conv.tiles(transposed)) * lanes
+    chunk = min(sizes.chunk, blocks_of(conv.ends(transposed)[1]))
+    g = geometry_of(conv, transposed, (2 if streamed else 1) * sizes.tiles * edge, chunk, panel)
     while 4 * sum(gather_floats(g)) > conv.local_bytes - RESERVE and g != smaller(g, edge, lanes):
         g = smaller(g, edge, lanes)
     return g
@@ -158,6 +157,7 @@ def smaller(g: Geometry, edge: int, lanes: int) -> Geometry:
 
 def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, transposed: bool) -> None:
     """Appends a launch of winograd_gather; ``u`` is packed for this direction."""
+    conv = conv.fitting(lambda c: gather_floats(gather_groups(c, transposed)), RESERVE)
     g = gather_groups(conv, transposed)
     size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.panel))
     args = [x, u, y, g.constant(), *(Local(4 * n) for n in gather_floats(g))]
@@ -177,9 +177,9 @@ def backward_data(plan: Plan, name: str, conv: Conv, dy: Tensor, packed: Tensor,
 
 def weight_groups(conv: Conv) -> Geometry:
     """Chooses the tiles and the panel of channels that one work-group of winograd_weight handles at once."""
-    edge, lanes = conv.tile_rows("winograd_weight"), conv.tile_channels(False)
-    chunk = min(PANEL // BLOCK, blocks_of(conv.in_channels))
-    g = geometry_of(conv, False, WEIGHT_TILES, chunk, min(max(1, PANEL // lanes), conv.tiles(False)) * lanes)
+    edge, lanes, sizes = conv.tile_rows("winograd_weight"), conv.tile_channels(False), conv.sizes("winograd_weight")
+    chunk = min(max(1, sizes.panel // BLOCK), blocks_of(conv.in_channels))
+    g = geometry_of(conv, False, sizes.tiles, chunk, min(max(1, sizes.panel // lanes), conv.tiles(False)) * lanes)
     while 4 * sum(weight_floats(g, edge)) > conv.local_bytes - RESERVE and g != smaller(g, 4, lanes):
         g = smaller(g, 4, lanes)
     return g
@@ -187,6 +187,7 @@ def weight_groups(conv: Conv) -> Geometry:
 
 def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw: Tensor) -> None:
     """dw [O, C, 3, 3] from x and dy, in fp32."""
+    conv = conv.fitting(lambda c: weight_floats(weight_groups(c), c.tile_rows("winograd_weight")), RESERVE)
     g = weight_groups(conv)
     parts = -(-g.in_blocks // g.chunk), -(-g.out_blocks * BLOCK // g.panel)
     single = g.segments == 1
