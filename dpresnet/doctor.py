@@ -217,6 +217,8 @@ def describe(facts: Facts) -> Iterator[str]:
             i, **device
         )
     yield f"  compiler {_or_error(facts.compiler, 'builds {lanes}-wide kernels for {device}')}"
+    if "tuned" in facts.compiler:
+        yield f"  tuned    {facts.compiler['tuned']}"
     yield f"  cache    {facts.cache or facts.cache_error}"
     yield f"threads    {facts.cores} cores / {facts.ranks} ranks = {max(1, facts.cores // facts.ranks)} per rank"
     for name, value in facts.settings.items():

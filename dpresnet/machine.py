@@ -135,7 +135,7 @@ def probe_compiler() -> dict[str, Any]:
     from dpresnet.device import Device, choose_device
 
     device = Device(choose_device())
-    return {"device": device.name, "lanes": device.vector}
+    return {"device": device.name, "lanes": device.vector, "tuned": str(device.tuned)}
 
 
 def probe_mpi() -> dict[str, Any]:

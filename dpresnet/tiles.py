@@ -75,14 +75,15 @@ KERNELS: dict[str, type[Sizes]] = {
     "winograd_weight": WinogradWeight,
 }
 
-# By lanes of a vector, kernel, and vectors of output channels of a register tile. With as many vectors of accumulators for each
-# row, and the weights that they are multiplied with, rows fill the registers: 32 of AVX-512, 16 of AVX2.
+# By lanes of a vector, kernel, and vectors of output channels of a register tile. Each row has as many vectors of accumulators;
+# together with the weights that they are multiplied with they fill the registers at most: 32 of AVX-512, 16 of AVX2. What is
+# best beyond that was measured, see "Tuning" in docs/performance.md.
 SHIPPED: dict[int, dict[str, dict[int, Sizes]]] = {
     16: {
-        "conv_gather": {1: DirectGather(16, 384, 32), 2: DirectGather(8, 384, 32)},
+        "conv_gather": {1: DirectGather(16, 384, 32), 2: DirectGather(14, 384, 32)},
         "conv_weight": {1: DirectWeight(16, 128, 64, 32), 2: DirectWeight(8, 128, 64, 32)},
         "winograd_gather": {1: WinogradGather(16, 2, 4, 128), 2: WinogradGather(8, 2, 4, 128)},
-        "winograd_weight": {1: WinogradWeight(16, 16, 64), 2: WinogradWeight(8, 16, 64)},
+        "winograd_weight": {1: WinogradWeight(16, 16, 64), 2: WinogradWeight(4, 16, 64)},
     },
     8: {
         "conv_gather": {1: DirectGather(12, 384, 32), 2: DirectGather(6, 384, 32)},
@@ -109,7 +110,9 @@ class Tuned:
         return self.entries.get(conv.key(kernel, transposed)) if self.entries else None
 
     def __str__(self) -> str:
-        return f"{self.file}: {len(self.entries)} launches" if self.entries else "none"
+        if not self.entries:
+            return "shipped tile sizes; python -m dpresnet.tune measures those of a network"
+        return f"tile sizes of {len(self.entries)} launches in {self.file}"
 
     @property
     def facts(self) -> dict[str, Any]:

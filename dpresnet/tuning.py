@@ -21,7 +21,7 @@ from dpresnet.device import Device
 from dpresnet.model import Model
 from dpresnet.ops import conv as direct
 from dpresnet.ops import winograd
-from dpresnet.plan import Constant, Launch, Local, Memory, Plan, Tensor, bind_launch, image_shape, place_by_liveness
+from dpresnet.plan import Constant, Launch, Local, Memory, Plan, Tensor, bind_launch, place_by_liveness
 from dpresnet.resnet import Options
 from dpresnet.tiles import SHIPPED_ONLY, Sizes, Tuned
 
@@ -132,7 +132,7 @@ def choices(task: Task, name: str, sizes: Sizes) -> list[Sizes]:
     if name != "rows":
         return [replace(sizes, **{name: value}) for value in CHOICES[task.kernel][name]]
     conv, vectors = task.conv, task.conv.tile_vectors(task.transposed)
-    most = REGISTERS[conv.vector] // vectors - 1
+    most = (REGISTERS[conv.vector] - 4) // vectors  # for weights and addresses
     step = conv.small_group if task.kernel == "conv_weight" and conv.small_group % conv.vector else 1
     return [replace(sizes, rows=rows) for rows in ROWS if rows * vectors >= 6 and rows <= most and rows % step == 0]
 
@@ -150,7 +150,7 @@ class Bench:
             arena.push(0, arena.nbytes)
         self._memory = Memory({"work": arenas})
         self._seconds = 0.0  # of a launch, about
-        self._ready: dict[tuple, tuple[Launch, cl.Kernel]] = {}
+        self._ready: dict[tuple, tuple[Launch, cl.Kernel]] = {}  # launches are kept: constants are known by their identity
 
     def bound(self, sizes: Sizes) -> tuple:
         """Makes a launch with these sizes ready; its signature."""
@@ -160,7 +160,6 @@ class Bench:
             place_by_liveness(plan, self.device.cl.max_mem_alloc_size)
             kernel = bind_launch(self.device, launch, self._memory, self._constants)
             self._ready[known] = launch, kernel
-            self._plans = [*getattr(self, "_plans", []), plan]  # constants are known by their identity
             self.time(known)  # compiles
         return known
 
@@ -176,6 +175,11 @@ class Bench:
         seconds = 1e-9 * max(1, events[-1].profile.end - events[0].profile.end) / count
         self._seconds = seconds
         return seconds
+
+    @property
+    def tried(self) -> int:
+        """Candidates that differ."""
+        return len(self._ready)
 
     def compare(self, known: Iterable[tuple], rounds: int) -> dict[tuple, list[float]]:
         """Seconds of each candidate in each round; a hopeless one is left out after the first."""
@@ -211,7 +215,7 @@ def choose(device: Device, task: Task, rounds: int) -> Found:
     if final == base or ratio(samples, final, base) > 1 - LEAST_GAIN:
         best, final = shipped, base
     shipped_s, chosen_s = (statistics.median(samples[known]) for known in (base, final))
-    return Found(task, shipped, best, shipped_s, chosen_s, len(bench._ready))
+    return Found(task, shipped, best, shipped_s, chosen_s, bench.tried)
 
 
 def tune(device: Device, tasks: Iterable[Task], rounds: int) -> Iterator[Found]:

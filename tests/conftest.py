@@ -4,6 +4,7 @@ The suites in OPTIONAL need what `make test` does not install, and run only when
 ``pytest tests/peers``.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ LAST = ("mpi", "system")
 LIMIT_S = 120  # of a test without a @pytest.mark.limit(seconds) of its own
 
 TESTS = Path(__file__).parent
+
+os.environ["DPRESNET_TUNED"] = ""  # tests do not depend on what was tuned on this machine, nor change it
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

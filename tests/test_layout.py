@@ -18,7 +18,8 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 LAYERS = [
     ["errors", "reference", "tree", "tiles", "bench.torch_resnet"],
     ["config", "environment", "device", "comm", "datasets.schema", "bench.workload"],
-    ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts"],
+    ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
+     "bench.flags"],
     ["convolution"],
     ["ops.*", "datasets.*", "state"],
     ["nn"],
@@ -28,16 +29,17 @@ LAYERS = [
     ["trainer"],
     ["network", "setup", "machine"],
     ["session"],
-    ["bench.ours", "bench.theirs", "bench.peaks", "bench.child"],
+    ["tuning", "bench.ours", "bench.theirs", "bench.peaks", "bench.child"],
     ["bench.step", "bench.memory", "bench.worker"],
     ["bench.ops", "bench.picture"],
-    ["train", "evaluate", "bench.__main__", "doctor"],
+    ["train", "evaluate", "bench.__main__", "doctor", "tune"],
 ]
-ALONE = ["errors", "reference", "tree", "bench.torch_resnet"]
-WITHOUT_MPI = ["device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas"]
+ALONE = ["errors", "reference", "tree", "tiles", "bench.torch_resnet"]
+WITHOUT_MPI = ["device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
+               "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "datasets.*"]
-WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "child", "step", "memory", "picture", "theirs")]
+WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "child", "step", "memory", "picture", "theirs")]
 
 NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "transform"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
@@ -140,7 +142,7 @@ def test_walls(patterns, strangers):
 
 @pytest.mark.parametrize("library", ["pyopencl", "mpi4py"])
 @pytest.mark.parametrize(
-    "module", ["dpresnet", "dpresnet.train", "dpresnet.comm", "dpresnet.environment", "dpresnet.bench.__main__"]
+    "module", ["dpresnet", *(f"dpresnet.{name}" for name in ("train", "comm", "environment", "bench.__main__", "tune"))]
 )
 def test_importing_loads_neither_opencl_nor_mpi(module, library):
     """Both read the environment when they are loaded, so a program has to come first."""

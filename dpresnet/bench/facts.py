@@ -103,6 +103,13 @@ def heading(facts: Facts) -> str:
             f"{', ' if levels else ''}{levels}\n{libraries}")  # fmt: skip
 
 
+def tuned_text(tuned: Facts | None) -> str:
+    """Whose tile sizes the kernels have, in one line."""
+    if not tuned or not tuned["entries"]:
+        return "tile sizes: as shipped"
+    return f"tile sizes: measured on this device for {tuned['entries']} launches ({tuned['file']}), otherwise as shipped"
+
+
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell: the first to the left, all others to the right."""
     widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]

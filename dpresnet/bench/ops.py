@@ -12,7 +12,7 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dpresnet.bench.facts import spread, table
+from dpresnet.bench.facts import spread, table, tuned_text
 from dpresnet.bench.step import overhead, overhead_text
 from dpresnet.bench.workload import Facts, Workload
 
@@ -89,7 +89,7 @@ def measure(work: Workload, rounds: int) -> Facts:
     plans = {id(entry): name for name, plan in plans_of(side.model).items() for entry in plan}
     rows = [row(i, launch, plans[id(launch)], taken, probes.cache_bytes) for i, launch in enumerate(launches)]
     step = overhead(merged(profiles))
-    return {"device": side.name, "cache_bytes": probes.cache_bytes, **summary(rows, taken, step)}
+    return {"device": side.name, "tuned": side.tuned, "cache_bytes": probes.cache_bytes, **summary(rows, taken, step)}
 
 
 def merged(profiles: list[Facts]) -> Facts:
@@ -184,7 +184,7 @@ def report(results: Facts, work: Workload) -> str:
     """The tables on the terminal."""
     rows, total = results["rows"], results["sum_s"]
     titles = ("launch", "kernel", "plan", "ms", "time", "rate", "share", "least..most", "of", "lost ms")
-    lines = [f"{work.pass_name}: {work}", results["device"], *peaks_lines(results), ""]
+    lines = [f"{work.pass_name}: {work}", results["device"], tuned_text(results["tuned"]), *peaks_lines(results), ""]
     lines += [table(titles, [cells(r, total) for r in rows]), "", table(("kernel", "launches", "ms", "time", "lost ms"), [
         (k["kernel"], str(k["launches"]), f"{1e3 * k['seconds']:.2f}", f"{k['of_sum']:.1%}", f"{1e3 * k['lost_s']:.2f}")
         for k in results["kernels"]])]  # fmt: skip

@@ -60,6 +60,11 @@ class Ours:
         """Device, platform and driver."""
         return self.device.name
 
+    @property
+    def tuned(self) -> Facts:
+        """Which measured tile sizes the device has."""
+        return self.device.tuned.facts
+
     def step(self) -> bool:
         """One whole step (or evaluation); returns whether the loss scaler dropped it."""
         batch = self._batches[self._done % BATCHES]

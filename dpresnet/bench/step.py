@@ -10,7 +10,7 @@ import statistics
 from contextlib import ExitStack
 
 from dpresnet.bench.child import Child
-from dpresnet.bench.facts import spread, table
+from dpresnet.bench.facts import spread, table, tuned_text
 from dpresnet.bench.workload import Facts, Workload
 
 PROFILED_STEPS = 5
@@ -22,7 +22,7 @@ def measure(work: Workload, variants: list[str], pairs: int, turn_s: float) -> F
     with ExitStack() as stack:
         sides = [("theirs", stack.enter_context(Child("theirs", work, variants)))] if variants else []
         sides.append(("ours", stack.enter_context(Child("ours", work))))
-        found = {name: {"name": child.hello()["name"], **child.ask("warm"), "turns": []} for name, child in sides}
+        found = {name: {**described(child.hello()), **child.ask("warm"), "turns": []} for name, child in sides}
         for _ in range(pairs):
             for name, child in sides:
                 steps = max(1, round(turn_s / found[name]["step_s"]))
@@ -32,12 +32,18 @@ def measure(work: Workload, variants: list[str], pairs: int, turn_s: float) -> F
     return summary(found, work)
 
 
+def described(hello: Facts) -> Facts:
+    """What a side is."""
+    return {key: hello[key] for key in ("name", "tuned") if key in hello}
+
+
 def summary(found: Facts, work: Workload) -> Facts:
     """Adds images/s of every turn and its spread, the ratio of every pair and its spread, and warnings."""
     for side in found.values():
         side["images_per_s"] = [work.batch * len(turn["seconds"]) / sum(turn["seconds"]) for turn in side["turns"]]
         side["spread"] = spread(side["images_per_s"])
-    results = {"device": found["ours"]["name"], "sides": found, "warnings": warnings(found)}
+    ours = found["ours"]
+    results = {"device": ours["name"], "tuned": ours.get("tuned"), "sides": found, "warnings": warnings(found)}
     if "theirs" in found:
         rates = [found[name]["images_per_s"] for name in ("ours", "theirs")]
         results["ratios"] = [ours / theirs for ours, theirs in zip(*rates, strict=True)]
@@ -78,7 +84,7 @@ def report(results: Facts, work: Workload) -> str:
         theirs = sides["theirs"]
         tried = ", ".join(f"{name} {work.batch / seconds:.1f}" for name, seconds in theirs["variants"].items())
         lines.append(f"{theirs['name']}, {theirs['variant']} (images/s in the warm-up: {tried})")
-    lines += [sides["ours"]["name"], "", pairs_table(results)]
+    lines += [sides["ours"]["name"], tuned_text(results["tuned"]), "", pairs_table(results)]
     if "ratio" in results:
         ratio = results["ratio"]
         lines.append(f"\n{ratio['median']:.2f} x PyTorch ({ratio['least']:.2f} to {ratio['most']:.2f} x), "

@@ -57,7 +57,8 @@ def serve(job: Facts, channel: TextIO) -> None:
     build = load(job)
     imported = resident()
     side = build()
-    send(channel, {"name": side.name, "imported": imported, "built": resident()})
+    tuned = {"tuned": side.tuned} if job["side"] == "ours" else {}
+    send(channel, {"name": side.name, **tuned, "imported": imported, "built": resident()})
     wall, cpu = time.perf_counter(), time.process_time()
     for line in sys.stdin:
         waited = {"waited_s": time.perf_counter() - wall, "waited_cpu_s": time.process_time() - cpu}

@@ -19,6 +19,7 @@ import numpy as np
 import pyopencl as cl
 import pytest
 
+from dpresnet.convolution import Conv
 from dpresnet.device import ALIGNMENT, BLOCK, Arena, Device, choose_device, kernel_source
 from dpresnet.plan import (
     CONTROL,
@@ -32,6 +33,7 @@ from dpresnet.plan import (
     place_by_liveness,
     place_in_order,
 )
+from dpresnet.tiles import Sizes, Tuned
 
 POISON = 0xFFFF  # in every two bytes: NaN as fp16 and as fp32, -1 as int, 255 as a byte
 POISON_READ = 0x7FFF  # around inputs: NaN too, but another, so that it shows where it is copied to
@@ -46,6 +48,21 @@ def device_for(path: str) -> Device:
     """The device of this test run, computing with the lanes of a path, or fewer where it has fewer."""
     chosen = choose_device()
     return Device(chosen, vector=min(PATHS[path], Device(chosen).vector))
+
+
+@dataclass(frozen=True)
+class OfKernels(Tuned):
+    """The same sizes for every launch of a kernel."""
+
+    def find(self, conv: Conv, kernel: str, transposed: bool) -> Sizes | None:
+        return self.entries.get(kernel)
+
+
+def tuned_device(mode: Mode, sizes: dict[str, Sizes], kind: type[Device] = Device) -> Device:
+    """A device of its own, on which these sizes were measured for every launch of the kernels named."""
+    device = kind(choose_device(), vector=mode.device.vector)
+    device.tuned = OfKernels(sizes)
+    return device
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from dataclasses import astuple, dataclass, fields, replace
 
 import numpy as np
 import pytest
-from harness import Bench, Mode, each_mode, struct_in
+from harness import Bench, Mode, each_mode, struct_in, tuned_device
 
 from dpresnet import reference
 from dpresnet.convolution import LEAST_GROUPS
 from dpresnet.device import BLOCK, Device, choose_device
 from dpresnet.ops import conv as ops
 from dpresnet.plan import Launch, Local, Tensor
+from dpresnet.tiles import DirectGather, DirectWeight
 
 
 @dataclass(frozen=True)
@@ -210,23 +211,27 @@ TILING = [
 
 
 @pytest.mark.parametrize("shape", TILING, ids=str)
+@pytest.mark.parametrize("path", ["vector", "narrow"])
 @pytest.mark.parametrize(
-    "sizes",
+    ("gather", "weight", "patch_bytes"),
     [
-        {"PIXELS": 48, "WEIGHT_PIXELS": 1, "PANEL_CHANNELS": 32},
-        {"PIXELS": 1000, "LEAST_GROUPS": 1, "UNIT_GROUPS": 1, "WEIGHT_PIXELS": 1000},
-        {"PIXELS": 10**6, "UNIT_GROUPS": 32, "PATCH_BYTES": 4000},
-        {"PATCH_BYTES": 0, "PANEL_CHANNELS": 128},
+        (DirectGather(3, 48, 32), DirectWeight(4, 1, 32, 32), ops.PATCH_BYTES),
+        (DirectGather(5, 1000, 1), DirectWeight(12, 1000, 64, 1), ops.PATCH_BYTES),
+        (DirectGather(7, 10**6, 64), DirectWeight(6, 64, 256, 64), 4000),
+        (DirectGather(14, 384, 32), DirectWeight(8, 128, 128, 32), 0),
     ],
     ids=str,
 )
-def test_work_group_sizes_change_no_bit(monkeypatch, shape, sizes):
-    mode = Mode("fp16", "vector")
+def test_work_group_sizes_change_no_bit(monkeypatch, shape, path, gather, weight, patch_bytes):
+    """Sizes as a file of tuned ones gives them are those that are launched."""
+    mode = Mode("fp16", path)
     usual = passes(mode, shape)
-    for name, size in sizes.items():
-        monkeypatch.setattr(ops, name, size)
-    for bits, others in zip(usual, passes(mode, shape), strict=True):
-        np.testing.assert_array_equal(bits, others)
+    monkeypatch.setattr(ops, "PATCH_BYTES", patch_bytes)
+    others = tuned_device(mode, {"conv_gather": gather, "conv_weight": weight})
+    for bits, tuned in zip(usual, passes(mode, shape, others), strict=True):
+        np.testing.assert_array_equal(bits, tuned)
+    conv = conv_of(Bench(mode, others), shape)
+    assert mode.device.vector == 1 or conv.tile_rows("conv_gather") == gather.rows
 
 
 @pytest.mark.parametrize("shape", TILING[:-1], ids=str)

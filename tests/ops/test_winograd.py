@@ -4,13 +4,14 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from harness import Bench, Mode, device_for, struct_in
+from harness import Bench, Mode, device_for, struct_in, tuned_device
 from test_conv import Shape
 
 from dpresnet import reference
 from dpresnet.device import Device, choose_device
 from dpresnet.ops import conv, winograd
 from dpresnet.plan import Launch
+from dpresnet.tiles import WinogradGather, WinogradWeight
 
 SHAPES = [
     Shape(1, 16, 16, 1, 1, 3, 1, 1),  # a tile of which one output is used
@@ -28,6 +29,7 @@ SHAPES = [
     Shape(1, 128, 512, 5, 2, 3, 1, 1),  # one segment: no partial sums
 ]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+VECTORS = Mode("fp32", "vector")
 each_vector = pytest.mark.parametrize(
     "mode", [Mode(precision, path) for precision in ("fp32", "fp16") for path in ("vector", "narrow")], ids=str
 )
@@ -62,14 +64,14 @@ def weight_gradient(bench, shape, dy, x):
     return dw
 
 
-def passes(shape, device=None):
+def passes(shape, device=None, mode=VECTORS):
     """What the three passes leave in memory."""
     results = []
     for transposed in (False, True):
-        bench = Bench(Mode("fp32", "vector"), device)
+        bench = Bench(mode, device)
         source, w = bench.draw(*(shape.y if transposed else shape.x)), bench.draw(*shape.w)
         results.append(bench.stored(gathered(bench, shape, source, w, transposed)))
-    bench = Bench(Mode("fp32", "vector"), device)
+    bench = Bench(mode, device)
     results.append(bench.stored(weight_gradient(bench, shape, bench.draw(*shape.y), bench.draw(*shape.x))))
     return results
 
@@ -141,18 +143,26 @@ def test_weights_are_rounded_to_the_storage_precision(mode):
 
 
 @pytest.mark.parametrize("shape", [SHAPES[6], SHAPES[7], SHAPES[10]], ids=str)
-@pytest.mark.parametrize(("chunk", "panel", "tiles"), [(1, 32, 8), (3, 64, 24)])
-def test_work_group_sizes_change_no_bit(monkeypatch, shape, chunk, panel, tiles):
-    usual = passes(shape)
-    segments = winograd.segments(conv_of(Bench(Mode("fp32", "vector")), shape))
-    monkeypatch.setattr(winograd, "segments", lambda conv: segments)
-    monkeypatch.setattr(winograd, "CHUNK", chunk)
-    monkeypatch.setattr(winograd, "GATHER_PANEL", panel)
-    monkeypatch.setattr(winograd, "PANEL", panel)
-    monkeypatch.setattr(winograd, "WEIGHT_TILES", tiles)
-    monkeypatch.setattr(winograd, "LAST_LEVEL_BYTES", 0)
-    for bits, others in zip(usual, passes(shape), strict=True):
-        np.testing.assert_array_equal(bits, others)
+@pytest.mark.parametrize("path", ["vector", "narrow"])
+@pytest.mark.parametrize(
+    ("gather", "weight", "cache"),
+    [
+        (WinogradGather(4, 1, 1, 32), WinogradWeight(3, 8, 32), 0),
+        (WinogradGather(7, 3, 3, 64), WinogradWeight(12, 24, 64), 2**40),
+    ],
+    ids=str,
+)
+def test_work_group_sizes_change_no_bit(monkeypatch, shape, path, gather, weight, cache):
+    """Sizes as a file of tuned ones gives them are those that are launched."""
+    mode = Mode("fp32", path)
+    usual = passes(shape, mode=mode)
+    monkeypatch.setattr(winograd, "LAST_LEVEL_BYTES", cache)
+    others = tuned_device(mode, {"winograd_gather": gather, "winograd_weight": weight})
+    for bits, tuned in zip(usual, passes(shape, others, mode), strict=True):
+        np.testing.assert_array_equal(bits, tuned)
+    found = conv_of(Bench(mode, others), shape)
+    assert found.tile_rows("winograd_gather") == gather.rows and found.tile_rows("winograd_weight") == weight.rows
+    assert winograd.gather_groups(found, False).group_tiles == gather.rows * gather.tiles * (1 if cache else 2)
 
 
 def test_little_local_memory_changes_no_bit():
