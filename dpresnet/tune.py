@@ -23,6 +23,8 @@ from dpresnet.bench.flags import add_workload, positive, workload
 from dpresnet.bench.workload import Workload
 from dpresnet.errors import Refused
 
+CANNOT = f"cannot be written ({{}}): set {tiles.VARIABLE} to another path"
+
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
@@ -42,8 +44,12 @@ def file_to_write() -> Path:
     if file is None:
         raise Refused(f"there is no place for the file: set {tiles.VARIABLE} to a path, or leave --dry-run to only look")
     held(file)
-    if file.is_dir() or not environment.writable(file.parent):
-        raise Refused(f"{file} cannot be written: set {tiles.VARIABLE} to another path")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{file} {CANNOT.format(error.strerror)}") from None
+    if not environment.writable(file.parent):
+        raise Refused(f"{file} {CANNOT.format('its folder is not yours')}")
     return file
 
 
@@ -132,7 +138,7 @@ def written(file: Path, device: Any, winners: dict[str, tiles.Sizes | None]) -> 
     try:
         entries = tiles.write(file, device.tuning_name, tuned_kernels(), winners)
     except OSError as error:
-        raise Refused(f"{file} cannot be written ({error.strerror}): set {tiles.VARIABLE} to another path") from None
+        raise Refused(f"{file} {CANNOT.format(error.strerror)}") from None
     better = sum(sizes is not None for sizes in winners.values())
     return f"{better} of {len(winners)} launches are faster with other sizes -> {file} ({entries} launches of this device)"
 
