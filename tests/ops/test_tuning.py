@@ -105,9 +105,8 @@ def test_segments_do_not_follow_sizes():
     """They decide in which order a gradient is summed."""
     for shape in (*DIRECT, Shape(32, 64, 64, 8, 8, 3, 1, 1)):
         conv = test_conv.conv_of(Bench(MODES[0]), shape)
-        other = test_conv.conv_of(
-            Bench(MODES[0], tuned_device(MODES[0], {"conv_weight": tiles.DirectWeight(4, 8, 16, 1)})), shape
-        )
+        sizes = {"conv_weight": tiles.DirectWeight(4, 8, 16, 1), "winograd_weight": tiles.WinogradWeight(4, 8, 16)}
+        other = test_conv.conv_of(Bench(MODES[0], tuned_device(MODES[0], sizes)), shape)
         assert other.sizes("conv_weight").pixels == 8
         assert (conv.segments, winograd.segments(conv)) == (other.segments, winograd.segments(other))
         assert winograd.suits(conv) == winograd.suits(other)
