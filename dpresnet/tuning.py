@@ -182,14 +182,15 @@ class Bench:
         return len(self._ready)
 
     def compare(self, known: Iterable[tuple], rounds: int) -> dict[tuple, list[float]]:
-        """Seconds of each candidate in each round; a hopeless one is left out after the first."""
+        """Seconds of each candidate in each round. One that is hopeless is left out from then on, but not the first."""
         running = dict.fromkeys(known)
+        first = next(iter(running))
         samples: dict[tuple, list[float]] = {candidate: [] for candidate in running}
         for _ in range(rounds):
             for candidate in running:
                 samples[candidate].append(self.time(candidate))
             fastest = min(min(found) for found in samples.values())
-            running = {candidate: None for candidate in running if min(samples[candidate]) <= HOPELESS * fastest}
+            running = {c: None for c in running if c == first or min(samples[c]) <= HOPELESS * fastest}
         return samples
 
 
@@ -199,17 +200,23 @@ def ratio(samples: dict[tuple, list[float]], candidate: tuple, other: tuple) -> 
     return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
+def least_ratio(samples: dict[tuple, list[float]], candidates: list[tuple]) -> tuple:
+    """The candidate that is fastest beside the first one; the first itself if none is faster."""
+    return min(candidates, key=lambda candidate: ratio(samples, candidate, candidates[0]))
+
+
 def choose(device: Device, task: Task, rounds: int) -> Found:
     """Measures one task."""
     bench = Bench(device, task)
     shipped = best = task.conv.sizes(task.kernel, task.transposed)
     base = bench.bound(shipped)
     for size in fields(shipped):
-        tried = {bench.bound(sizes): sizes for sizes in [*choices(task, size.name, best), best]}
+        tried: dict[tuple, Sizes] = {}
+        for sizes in [best, *choices(task, size.name, best)]:
+            tried.setdefault(bench.bound(sizes), sizes)  # of those that come to the same, the first
         samples = bench.compare(tried, rounds)
-        current = bench.bound(best)
-        complete = [known for known in tried if len(samples[known]) == len(samples[current])]
-        best = tried[min(complete, key=lambda known: ratio(samples, known, current))]
+        complete = [known for known in tried if len(samples[known]) == rounds]
+        best = tried[least_ratio(samples, complete)]
     final = bench.bound(best)
     samples = bench.compare([base, final], 2 * rounds + 1)
     if final == base or ratio(samples, final, base) > 1 - LEAST_GAIN:
