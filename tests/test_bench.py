@@ -56,6 +56,7 @@ def test_step_alone(tmp_path):
     assert 0 <= profile["exchange_share"] < profile["share"] < 1
     assert profile["launches"] > 200
     assert f"{side['spread']['median']:.1f}" in printed
+    assert results["tuned"] == {"file": None, "entries": 0} and "tile sizes: as shipped" in printed
 
 
 def test_inference(tmp_path):
@@ -69,6 +70,7 @@ def test_ops(tmp_path, precision):
     found, printed = bench("ops", *TINY, "--rounds", "2", "--precision", precision, folder=tmp_path)
     assert_whence(found, "ops")
     results, rows = found["results"], found["results"]["rows"]
+    assert results["tuned"] == {"file": None, "entries": 0} and "tile sizes: as shipped" in printed
     assert {row["plan"] for row in rows} == {"train", "check", "update"}
     assert len(rows) == results["step"]["launches"]
     lost = [row["lost_s"] for row in rows]

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from dpresnet import tiles, tune
+from dpresnet import doctor, machine, tiles, tune
 from dpresnet.bench import facts, ours
 from dpresnet.bench.workload import Workload
 from dpresnet.device import Device, choose_device, tuned_kernels
@@ -291,3 +292,14 @@ def test_reports_say_which_sizes():
     assert facts.tuned_text(None) == facts.tuned_text({"file": None, "entries": 0}) == "tile sizes: as shipped"
     assert "for 3 launches (/a/b)" in facts.tuned_text({"file": "/a/b", "entries": 3})
     assert "python -m dpresnet.tune" in str(Tuned()) and "1 launches in f" in str(Tuned({"a": DirectGather(1, 1, 1)}, "f"))
+
+
+def test_doctor_says_which_sizes(file):
+    assert "python -m dpresnet.tune" in machine.probe_compiler()["tuned"]
+    tiles.write(file, Device(choose_device()).tuning_name, tuned_kernels(), SIZES)
+    found = machine.probe_compiler()
+    assert found["tuned"] == f"tile sizes of 4 launches in {file}"
+    none = {"error": ""}
+    facts = SimpleNamespace(opencl=none, compiler=found, cache="", cache_error="", cores=1, ranks=1, settings={}, mpi=none,
+                            launchers=(), hdf5=none)  # fmt: skip
+    assert f"  tuned    {found['tuned']}" in list(doctor.describe(facts))

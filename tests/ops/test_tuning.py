@@ -198,7 +198,7 @@ def test_hopeless_candidates_are_measured_once(monkeypatch):
 
 
 def test_picked_from_a_slow_beginning(monkeypatch):
-    """Shipped sizes that are hopeless beside a candidate are measured in all rounds nevertheless: they are what it has to beat."""
+    """Shipped sizes that are hopeless beside a candidate are measured in all rounds nevertheless: those it has to beat."""
     found, clock = chosen(monkeypatch, lambda s: 1.0 if s.rows == 7 else 2.0)
     assert (found.better, found.gain) == (tiles.DirectGather(7, 384, 32), pytest.approx(0.5))
     assert clock.measured.count(found.shipped) == 3 + 7
