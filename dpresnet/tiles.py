@@ -32,7 +32,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class DirectGather(Sizes):
-    """conv_gather: a work-group computes at most ``pixels``, and fewer output tiles where there are not ``groups`` of them."""
+    """conv_gather: a work-group computes at most ``pixels``, and fewer output tiles where there are not ``groups`` work-groups
+    for each compute unit (with more of them, more of the patches overlap).
+    """
 
     pixels: int
     groups: int
@@ -80,13 +82,13 @@ KERNELS: dict[str, type[Sizes]] = {
 # best beyond that was measured, see "Tuning" in docs/performance.md.
 SHIPPED: dict[int, dict[str, dict[int, Sizes]]] = {
     16: {
-        "conv_gather": {1: DirectGather(16, 384, 32), 2: DirectGather(14, 384, 32)},
+        "conv_gather": {1: DirectGather(16, 384, 4), 2: DirectGather(14, 384, 4)},
         "conv_weight": {1: DirectWeight(16, 128, 64, 32), 2: DirectWeight(8, 128, 64, 32)},
         "winograd_gather": {1: WinogradGather(16, 2, 4, 128), 2: WinogradGather(8, 2, 4, 128)},
         "winograd_weight": {1: WinogradWeight(16, 16, 64), 2: WinogradWeight(4, 16, 64)},
     },
     8: {
-        "conv_gather": {1: DirectGather(12, 384, 32), 2: DirectGather(6, 384, 32)},
+        "conv_gather": {1: DirectGather(12, 384, 4), 2: DirectGather(6, 384, 4)},
         "conv_weight": {1: DirectWeight(12, 128, 64, 32), 2: DirectWeight(6, 128, 64, 32)},
         "winograd_gather": {1: WinogradGather(12, 2, 4, 128), 2: WinogradGather(6, 2, 4, 128)},
         "winograd_weight": {1: WinogradWeight(12, 16, 64), 2: WinogradWeight(6, 16, 64)},

@@ -215,10 +215,10 @@ TILING = [
 @pytest.mark.parametrize(
     ("gather", "weight", "patch_bytes"),
     [
-        (DirectGather(3, 48, 32), DirectWeight(4, 1, 32, 32), ops.PATCH_BYTES),
+        (DirectGather(3, 48, 4), DirectWeight(4, 1, 32, 32), ops.PATCH_BYTES),
         (DirectGather(5, 1000, 1), DirectWeight(12, 1000, 64, 1), ops.PATCH_BYTES),
         (DirectGather(7, 10**6, 64), DirectWeight(6, 64, 256, 64), 4000),
-        (DirectGather(14, 384, 32), DirectWeight(8, 128, 128, 32), 0),
+        (DirectGather(14, 384, 4), DirectWeight(8, 128, 128, 32), 0),
     ],
     ids=str,
 )
