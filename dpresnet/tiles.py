@@ -42,8 +42,8 @@ class DirectGather(Sizes):
 
 @dataclass(frozen=True)
 class DirectWeight(Sizes):
-    """conv_weight: a work-group takes ``pixels`` at a time, for ``panel`` output channels; twice the panel where that leaves
-    ``groups`` work-groups.
+    """conv_weight: a work-group takes ``pixels`` at a time, for ``panel`` output channels; for two or four times as many, and
+    for twice as many input blocks of 1x1 weights, where that leaves ``groups`` work-groups for each compute unit.
     """
 
     pixels: int
@@ -83,13 +83,13 @@ KERNELS: dict[str, type[Sizes]] = {
 SHIPPED: dict[int, dict[str, dict[int, Sizes]]] = {
     16: {
         "conv_gather": {1: DirectGather(16, 384, 4), 2: DirectGather(14, 384, 4)},
-        "conv_weight": {1: DirectWeight(16, 128, 64, 32), 2: DirectWeight(8, 128, 64, 32)},
+        "conv_weight": {1: DirectWeight(16, 128, 64, 4), 2: DirectWeight(8, 128, 64, 4)},
         "winograd_gather": {1: WinogradGather(16, 2, 4, 128), 2: WinogradGather(8, 2, 4, 128)},
         "winograd_weight": {1: WinogradWeight(16, 16, 64), 2: WinogradWeight(4, 16, 64)},
     },
     8: {
         "conv_gather": {1: DirectGather(12, 384, 4), 2: DirectGather(6, 384, 4)},
-        "conv_weight": {1: DirectWeight(12, 128, 64, 32), 2: DirectWeight(6, 128, 64, 32)},
+        "conv_weight": {1: DirectWeight(12, 128, 64, 4), 2: DirectWeight(6, 128, 64, 4)},
         "winograd_gather": {1: WinogradGather(12, 2, 4, 128), 2: WinogradGather(6, 2, 4, 128)},
         "winograd_weight": {1: WinogradWeight(12, 16, 64), 2: WinogradWeight(6, 16, 64)},
     },

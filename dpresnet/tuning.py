@@ -31,7 +31,7 @@ ROWS = (4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28)
 REGISTERS = {16: 32, 8: 16}
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "conv_gather": {"pixels": (96, 192, 384, 784, 1568), "groups": (1, 2, 4, 8, 16)},
-    "conv_weight": {"pixels": (32, 64, 128, 256, 512), "panel": (32, 64, 128, 256), "groups": (8, 32, 128)},
+    "conv_weight": {"pixels": (32, 64, 128, 256, 512), "panel": (32, 64, 128, 256), "groups": (2, 4, 8, 16, 64)},
     "winograd_gather": {"tiles": (1, 2, 3, 4), "chunk": (1, 2, 4, 8), "panel": (64, 128, 256, 512)},
     "winograd_weight": {"tiles": (8, 16, 32, 64), "panel": (32, 64, 128)},
 }

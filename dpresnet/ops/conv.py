@@ -123,9 +123,9 @@ def weight_groups(conv: Conv) -> Geometry:
     geometry, sizes = geometry_of(conv, transposed=False), conv.sizes("conv_weight")
     tiles, blocks = conv.tiles(False), geometry.tile_blocks
     panel = [max(1, sizes.panel // geometry.tile_channels) if conv.groups == 1 else 1, min(conv.panel_blocks, blocks)]
-    for axis in (0, 1) if conv.kernel == 1 else (0,):  # twice as large where that leaves enough work-groups
+    for axis in (0, 0, 1) if conv.kernel == 1 else (0, 0):  # twice as large where that leaves enough work-groups
         larger = [size * 2 if i == axis else size for i, size in enumerate(panel)]
-        if conv.groups == 1 and conv.segments * -(-tiles // larger[0]) * -(-blocks // larger[1]) >= sizes.groups:
+        if conv.groups == 1 and conv.segments * -(-tiles // larger[0]) * -(-blocks // larger[1]) >= sizes.groups * conv.units:
             panel = larger
     lines = max(1, min(-(-geometry.lines // conv.segments), sizes.pixels // geometry.grid_width))
     chosen = geometry.divided(lines, min(panel[1], blocks), min(panel[0], tiles))
