@@ -21,7 +21,7 @@ DIRECT = [
     Shape(2, 24, 40, 9, 8, 3, 2, 1),
     Shape(3, 40, 20, 7, 5, 1),
     Shape(1, 32, 32, 9, 7, 3, 1, 1, 8),  # groups of four channels
-    Shape(2, 16, 16, 6, 7, 3, 2, 1, 2),  # of eight: rows are a multiple of that with 16 lanes
+    Shape(2, 16, 16, 6, 7, 3, 2, 1, 2),  # of eight channels
     Shape(2, 48, 64, 5, 6, 3, 1, 1, 2),  # groups that straddle blocks
 ]
 LARGE = [
