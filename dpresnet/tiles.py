@@ -94,8 +94,8 @@ SHIPPED: dict[int, dict[str, dict[int, Sizes]]] = {
         "winograd_weight": {1: WinogradWeight(12, 16, 64), 2: WinogradWeight(6, 16, 64)},
     },
     1: {  # GPUs: a work-item computes one element, without register tiles and local memory
-        "conv_gather": {2: DirectGather(1, 1, 1)},
-        "conv_weight": {2: DirectWeight(1, 1, 1, 1)},
+        "conv_gather": dict.fromkeys((1, 2), DirectGather(1, 1, 1)),
+        "conv_weight": dict.fromkeys((1, 2), DirectWeight(1, 1, 1, 1)),
     },
 }
 
