@@ -24,8 +24,8 @@ SEGMENT_CHANNELS = 64  # of the output, in such a part
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """The struct of the same name in kernels/conv.cl, field by field."""
+class Struct:
+    """What the geometries of the kernels begin with: x [images, in_blocks, in_height, in_width, BLOCK], and y."""
 
     images: int
     in_blocks: int
@@ -34,6 +34,16 @@ class Geometry:
     out_blocks: int
     out_height: int
     out_width: int
+
+    def constant(self) -> Constant:
+        """As the kernel reads it."""
+        return Constant(np.array(astuple(self), np.int32))
+
+
+@dataclass(frozen=True)
+class Geometry(Struct):
+    """The struct of the same name in kernels/convolution.cl, field by field."""
+
     grid_height: int
     grid_width: int
     out_step: int
@@ -59,10 +69,6 @@ class Geometry:
     in_channels: int
     transposed: int
     tile_channels: int
-
-    def constant(self) -> Constant:
-        """As the kernel reads it."""
-        return Constant(np.array(astuple(self), np.int32))
 
     @property
     def lines(self) -> int:

@@ -21,7 +21,7 @@ from dpresnet import tiles
 from dpresnet.errors import Refused
 
 BLOCK = 16  # neighbouring channels stored together, see kernels/common.cl
-HEADERS = {"conv": ("convolution", "packing"), "winograd": ("transform",)}  # what a source builds on, beside common.cl
+HEADERS = {"conv": ("tile", "convolution", "packing"), "winograd": ("tile", "transform")}  # of sources, beside common.cl
 TUNED = ("conv", "winograd")  # stems whose kernels have sizes that can be measured, see `dpresnet.tiles`
 ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most 4096 bits)
 

@@ -16,26 +16,14 @@
 // input rows it needs to fp32 in local memory - the patch [block][row][column][CU], with zeros outside the image - and then
 // runs over output channels and pixels with TILE_P x TILE_V vectors of accumulators in registers. Where there are many input
 // channels it does so slice by slice, so that the weights of a slice stay in the first-level cache. Each output element is
-// one sum in the order (block, tap, channel), whatever the tile and the slice: sizes never change a bit of the result.
+// one sum in the order (block, tap, channel), whatever the tile (see tile.cl) and the slice: sizes never change a bit of it.
 //
-// TILE_V  vectors of output channels per register tile       (2; with VEC = 16: 2 = 32 channels)
-// TILE_P  pixels per register tile                           (6 for 16 registers, 8 or more for 32)
-// TILE_E  rows (tap, channel) of the weight-gradient tile    (6 for 16 registers, 8 for 32)
 // CU      channels of a block that are computed: 16; 4 or 1 for images with that few channels
 // GROUP   0, or 1, 2, 4, 8: convolution groups of that many channels in and out. A tile is one block then (TILE_O = 16) and
 //         reads that block only; its lane l sums over the GROUP channels l / GROUP * GROUP + c, nothing else is multiplied.
 // TERMS   channels of an input block that an output lane sums over: GROUP, or CU, or 2 or 3 of the 4 of CU
 //
-// Packed weights: [output tile][input block][tap][TERMS][TILE_O], TILE_O = TILE_V * VEC.
-#ifndef TILE_P
-#define TILE_P 6
-#endif
-#ifndef TILE_E
-#define TILE_E 6
-#endif
-
-// Sums that are passed to a function must stay in registers. Without `restrict`: oclgrind does not know what LLVM makes of it.
-#define INLINE __attribute__((always_inline))
+// Packed weights: [output tile][input block][tap][TERMS][TILE_O].
 
 #if VEC > 1
 // What term c of vector v of a tile is multiplied with at the pixel xs of a patch; c and v are constants.

@@ -1,7 +1,7 @@
 // convolution.cl - what the kernels of conv.cl build on: geometry, the patch of the input that a work-group converts to fp32 in
 // local memory, and how it writes a gradient of weights. The build puts this text in front of that source.
 //
-// CU, GROUP, TERMS, TILE_V  are explained in conv.cl; TILE_O = channels of an output tile
+// CU, GROUP and TERMS are explained in conv.cl
 #ifndef CU
 #define CU 16
 #endif
@@ -11,10 +11,6 @@
 #ifndef TERMS
 #define TERMS (GROUP ? GROUP : CU)
 #endif
-#ifndef TILE_V
-#define TILE_V 2
-#endif
-#define TILE_O (TILE_V * VEC)
 
 // Geometry of one launch, in the order of the fields of `Geometry` in dpresnet/convolution.py.
 typedef struct {

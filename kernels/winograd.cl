@@ -11,24 +11,11 @@
 // winograd_pack    U from the weights
 //
 // A sum over channels runs in their order, one over tiles in the order (image, tile row, tile column) of its segment: neither
-// depends on the sizes of register tiles and work-groups.
-//
-// TILE_V  vectors of output channels per register tile; TILE_O = TILE_V * VEC channels
-// TILE_P  tiles per register tile of winograd_gather       (6 for 16 registers, 8 or more for 32)
-// TILE_E  input channels per register tile of winograd_weight
-#ifndef TILE_V
-#define TILE_V 2
-#endif
-#ifndef TILE_P
-#define TILE_P 6
-#endif
-#ifndef TILE_E
-#define TILE_E 6
-#endif
-#define TILE_O (TILE_V * VEC)
+// depends on the sizes of register tiles (see tile.cl) and work-groups.
 
 #define MOST_SEGMENTS 32
 #define PAD BLOCK  // floats between the planes of two points, so that they fall into different cache sets
+
 // Geometry of one launch, in the order of the fields of `Geometry` in dpresnet/ops/winograd.py.
 typedef struct {
     int images, in_blocks, in_height, in_width;  // x [images][in_blocks][in_height][in_width][BLOCK]

@@ -41,7 +41,7 @@ WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "datasets.*"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "child", "step", "memory", "picture", "theirs")]
 
-NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "transform"}
+NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "tile", "transform"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 
 

@@ -79,7 +79,7 @@ def test_one_launch_per_activation_each_way(device, arch, stem, activations, nor
 
 
 @pytest.mark.parametrize(("arch", "stem", "winograd", "direct"), [
-    ("resnet18", "cifar", 13, 7), ("resnet50", "imagenet", 13, 40), ("resnet20", "cifar", 16, 3),
+    ("resnet18", "cifar", 13, 7), ("resnet50", "imagenet", 13, 40), ("resnet50", "deep", 15, 40), ("resnet20", "cifar", 16, 3),
     ("resnext50_32x4d", "imagenet", 0, 53),
 ])  # fmt: skip
 def test_convolutions_take_their_fast_path(device, arch, stem, winograd, direct):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpresnet.convolution import Conv
+from dpresnet.convolution import Conv, Struct
 from dpresnet.device import BLOCK
-from dpresnet.plan import Constant, Local, Plan, Tensor, blocks_of
+from dpresnet.plan import Local, Plan, Tensor, blocks_of
 
 EDGE, OUT = 6, 4  # rows and columns of a transformed tile, and of its outputs
 POINTS = EDGE * EDGE
@@ -23,16 +23,9 @@ RESERVE = 32 * 1024  # bytes of local memory that drivers take for themselves
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(Struct):
     """The struct of the same name in kernels/winograd.cl, field by field."""
 
-    images: int
-    in_blocks: int
-    in_height: int
-    in_width: int
-    out_blocks: int
-    out_height: int
-    out_width: int
     tile_rows: int
     tile_cols: int
     padding: int
@@ -44,10 +37,6 @@ class Geometry:
     out_channels: int
     in_channels: int
     transposed: int
-
-    def constant(self) -> Constant:
-        """As the kernel reads it."""
-        return Constant(np.array(astuple(self), np.int32))
 
     @property
     def tiles(self) -> int:
