@@ -15,7 +15,7 @@ from dpresnet.plan import Constant, blocks_of
 from dpresnet.tiles import SHIPPED, SHIPPED_ONLY, Sizes, Tuned
 
 MOST_LOCAL_BYTES = 2**20  # more would leave the second-level cache
-LEAST_GROUPS = 32  # work-groups that keep the compute units of a CPU busy to the end
+LEAST_GROUPS = 32  # of conv_pack
 MOST_SEGMENTS = 64  # see conv_weight_reduce
 
 # These two decide the number of segments, and so the order of a sum: no size that is chosen for speed may enter there.
@@ -154,7 +154,7 @@ class Conv:
         if self.small_group:
             return BLOCK // self.vector
         outs = self.ends(transposed)[0]
-        few = blocks_of(outs) * BLOCK <= self.vector or outs // self.groups == self.vector
+        few = blocks_of(outs) * BLOCK <= self.vector or (self.groups > 1 and outs // self.groups == self.vector)
         return 1 if few else 2  # neither lanes without channels nor, in a tile, a second convolution group
 
     def tile_channels(self, transposed: bool) -> int:

@@ -29,7 +29,7 @@ ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most
 # For PoCL, whose compiler may be older than the CPU and take it for one without AVX-512: every function says what it is
 # compiled for. The function from which PoCL calls a kernel does not, and would be given the code of the kernel: with a label
 # whose address is taken a kernel stays a function of its own.
-AVX512 = """#ifdef __AVX512F__
+AVX512 = """#if defined(__AVX512F__) || !defined(__x86_64__)
 #define APART
 #else
 #define AVX512

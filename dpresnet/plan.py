@@ -310,7 +310,8 @@ class Memory:
     """The arenas behind the tensors, for one replica (those of all replicas share the homes that replicas share)."""
 
     homes: dict[str, list[Arena]]
-    _views: dict[Tensor, np.ndarray] = field(default_factory=dict)
+    # kept: tensors and arenas stay where they are
+    _views: dict[Tensor, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def arena(self, tensor: Tensor) -> Arena:
         """The arena a tensor lies in."""

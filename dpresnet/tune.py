@@ -102,7 +102,7 @@ def measure(work: Workload, rounds: int) -> tuple[Any, list]:
 def report(found: list) -> str:
     """The table, and its sum: every launch counted once, however often the network has it."""
     if not found:
-        return "nothing to choose: the kernels of this device have no sizes"
+        return "nothing was measured: the kernels of this device have no sizes, or it was stopped before"
     rows = [cells(f) for f in sorted(found, key=lambda f: f.chosen_s - f.shipped_s)]
     shipped, chosen = (1e3 * sum(getattr(f, name) for f in found) for name in ("shipped_s", "chosen_s"))
     rows.append(("sum", f"{shipped:.3f}", f"{chosen:.3f}", f"{1 - chosen / shipped:.1%}", str(sum(f.tried for f in found)), ""))

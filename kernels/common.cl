@@ -6,7 +6,7 @@
 // HALF   1: activations and their gradients are stored as fp16; 0: as fp32. Arithmetic is fp32 either way.
 // VEC    lanes of the vectors the device computes with: 16 (AVX-512), 8 (AVX2, NEON pairs), 1 (a GPU: lanes are work-items).
 // ITEMS  vectors that one work-item of an elementwise kernel handles, one after the other.
-// AVX512 defined where the build made the compiler target AVX-512, see `Device` in dpresnet/device.py.
+// AVX512 defined where the build made the compiler target AVX-512, see `AVX512` in dpresnet/device.py.
 #ifndef HALF
 #define HALF 0
 #endif
@@ -71,7 +71,7 @@ typedef PASTE(int, VEC) veci;
 #if VEC == 16 && defined(AVX512)
 #define FROM_HALF(bits) __builtin_ia32_vcvtph2ps512_mask((bits), (vec)(0), -1, 4)  // all lanes, current rounding
 #define TO_HALF(v) __builtin_ia32_vcvtps2ph512_mask((v), 0, (short16)(0), -1)      // all lanes, to nearest
-#elif VEC == 8 && defined(__F16C__) && defined(__clang__) && !defined(PORTABLE_HALF)
+#elif VEC == 8 && defined(__F16C__) && defined(__clang__)
 #define FROM_HALF(bits) __builtin_ia32_vcvtph2ps256(bits)
 #define TO_HALF(v) __builtin_ia32_vcvtps2ph256((v), 0)
 #endif

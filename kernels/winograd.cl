@@ -44,7 +44,7 @@ void winograd_multiply(__local const float *restrict x, __global const float *re
             UNROLL for (int p = 0; p < TILE_P; p++) sum[v][p] = LOADL(products + p * TILE_O + v * VEC);
     for (int i = 0; i < blocks; i++, x += step, u += BLOCK * TILE_O, next += BLOCK * TILE_O)
         UNROLL for (int l = 0; l < BLOCK; l++) {
-            PREFETCH(next + l * TILE_O);
+            UNROLL for (int k = 0; k < TILE_O; k += 16) PREFETCH(next + l * TILE_O + k);
             vec weight[TILE_V];
             UNROLL for (int v = 0; v < TILE_V; v++) weight[v] = LOADF(u + l * TILE_O + v * VEC);
             UNROLL for (int p = 0; p < TILE_P; p++) {

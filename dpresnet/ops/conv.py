@@ -26,7 +26,7 @@ CONVERT, READ = 4, 4  # cost of converting one value for the patch, of reading o
 
 
 def packed_shape(conv: Conv, transposed: bool) -> tuple[int, ...]:
-    """[output tile][input block][tap][CU][TILE_O]."""
+    """[output tile][input block][tap][TERMS][TILE_O]."""
     return conv.packed_shape(transposed)
 
 
@@ -37,7 +37,8 @@ def conv_for(plan: Plan, x: Tensor, out_channels: int, kernel: int, stride: int,
     is computed by the scalar ones.
     """
     device, precision = plan.device, "fp16" if plan.half else "fp32"
-    vector = min(device.vector, 8) if x.channels == 8 * groups else device.vector  # a vector per group: one value for all lanes
+    eights = groups > 1 and x.channels == 8 * groups  # a group is a vector of 8: one value for all lanes
+    vector = min(device.vector, 8) if eights else device.vector
     conv = Conv(x.images, x.channels, out_channels, x.height, x.width, kernel, stride, padding, groups,
                 vector, min(device.local_bytes, MOST_LOCAL_BYTES), device.compute_units, precision,
                 device.tuned)  # fmt: skip

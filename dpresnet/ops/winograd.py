@@ -64,7 +64,8 @@ def possible(conv: Conv) -> bool:
 def suits(conv: Conv) -> bool:
     """Whether it is computed here: where that is possible, and tiles are many and well filled, so that it is faster.
 
-    It follows from the shape alone: which algorithm computes a layer is part of its arithmetic.
+    It follows from the shape and the kind of device, never from a timing: which algorithm computes a layer is part of its
+    arithmetic.
     """
     if not possible(conv):
         return False

@@ -86,9 +86,9 @@ class Mode:
         return np.dtype(np.float16 if self.precision == "fp16" else np.float32)
 
 
-each_mode = pytest.mark.parametrize(
-    "mode", [Mode(precision, path) for precision in ("fp32", "fp16") for path in PATHS], ids=str
-)
+VECTOR_MODES = [Mode("fp32", "vector"), Mode("fp16", "vector"), Mode("fp16", "narrow")]
+each_vector = pytest.mark.parametrize("mode", VECTOR_MODES, ids=str)  # for kernels that need vectors
+each_mode = pytest.mark.parametrize("mode", [*VECTOR_MODES, Mode("fp32", "scalar"), Mode("fp16", "scalar")], ids=str)
 
 
 def tolerance(dtype: np.dtype, length: int) -> float:
@@ -220,9 +220,9 @@ class Bench:
             "inputs": [place_in_order([tensor for tensor, _ in self._inputs])],
             "outputs": [place_in_order(self._outputs)],
         }
-        self.memory.homes = {
+        self.memory = Memory({
             home: [self.plan.device.arena(nbytes + ALIGNMENT) for nbytes in chunks] for home, chunks in sizes.items()
-        }
+        })
         for home, _, arena in self._arenas():
             arena.view(0, (arena.nbytes // 2,), np.uint16)[:] = POISON_READ if home == "inputs" else POISON
             arena.push(0, arena.nbytes)

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from harness import Bench, Mode, device_for, struct_in, tuned_device
+from harness import Bench, Mode, device_for, each_vector, struct_in, tuned_device
 from test_conv import Shape
 
 from dpresnet import reference
@@ -30,9 +30,7 @@ SHAPES = [
 ]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 VECTORS = Mode("fp32", "vector")
-each_vector = pytest.mark.parametrize(
-    "mode", [Mode(precision, path) for precision in ("fp32", "fp16") for path in ("vector", "narrow")], ids=str
-)
+
 
 
 def conv_of(bench, shape):
