@@ -208,6 +208,29 @@ def test_width_of_vectors_changes_no_bit(device, precision):
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_evaluation_sees_the_weights_of_now(device, precision):
+    """They are packed once for all batches of an evaluation, and again after anything that changes them or their memory."""
+    trainer, fresh = make(device, 4, 2, precision), make(device, 4, 2, precision)
+    batches = split(*samples(8), 4, 2)
+    for seed in range(2):
+        trainer.evaluate(batches)
+        trainer.step(split(*samples(8, seed), 4, 2), 8, 0.1, HYPER)
+        fresh.restore(trainer.arrays())
+        assert trainer.evaluate(batches).loss == fresh.evaluate(batches).loss
+
+
+def test_evaluation_packs_once(device):
+    trainer, batches, launches = make(device, 4, 1), split(*samples(4), 4, 1), []
+    trainer.replicas.observe = lambda launch, event: launches.append((launch.stem, launch.verb))
+    counts = []
+    for _ in range(3):
+        launches.clear()
+        trainer.evaluate(batches)
+        counts.append(sum(verb == "pack" and stem != "cast" for stem, verb in launches))  # images are cast every time
+    assert counts == [20, 0, 0]  # 19 convolutions and the classifier
+
+
 class Discrete(Device):
     """This device, used as if it had memory of its own: scalar kernels, staging buffers, copies in both directions."""
 
