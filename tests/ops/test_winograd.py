@@ -160,7 +160,8 @@ def test_work_group_sizes_change_no_bit(monkeypatch, shape, path, gather, weight
         np.testing.assert_array_equal(bits, tuned)
     found = conv_of(Bench(mode, others), shape)
     assert found.tile_rows("winograd_gather") == gather.rows and found.tile_rows("winograd_weight") == weight.rows
-    assert winograd.gather_groups(found, False).group_tiles == gather.rows * gather.tiles * (1 if cache else 2)
+    if found.local_bytes >= 2**20:  # with less memory of its own a work-group takes fewer
+        assert winograd.gather_groups(found, False).group_tiles == gather.rows * gather.tiles * (1 if cache else 2)
 
 
 def test_little_local_memory_changes_no_bit():
