@@ -15,7 +15,6 @@ from dpresnet.plan import Constant, blocks_of
 from dpresnet.tiles import SHIPPED, SHIPPED_ONLY, Sizes, Tuned
 
 MOST_LOCAL_BYTES = 2**20  # more would leave the second-level cache
-LEAST_GROUPS = 32  # of conv_pack
 MOST_SEGMENTS = 64  # see conv_weight_reduce
 
 # These two decide the number of segments, and so the order of a sum: no size that is chosen for speed may enter there.
@@ -197,14 +196,21 @@ class Conv:
             rows = max(1, rows // self.small_group) * self.small_group  # lanes are permuted, see ENTRY_TERMS in kernels/conv.cl
         return rows
 
-    def defines(self, transposed: bool) -> dict[str, int]:
-        """What the kernels of a pass are compiled with, but for the register tile: see kernels/conv.cl."""
-        defines = {"CU": self.lanes(transposed)}
+    def defines(self, stem: str, transposed: bool) -> dict[str, int]:
+        """What the kernels of a source ("conv" or "winograd") are compiled with for a pass, see kernels/conv.cl and tile.cl.
+
+        Rows are the shipped ones of all its kernels, so that packing, outputs and gradient share a program; a launch
+        with other rows names them.
+        """
+        defines = {"VEC": self.vector, "CU": self.lanes(transposed)}
         if self.small_group:
             defines["GROUP"] = self.small_group
         elif self.terms(transposed) != self.lanes(transposed):
             defines["TERMS"] = self.terms(transposed)
-        return defines | {"VEC": self.vector} | ({"TILE_V": self.tile_vectors(transposed)} if self.vector > 1 else {})
+        if self.vector > 1:
+            rows = (self.shipped.tile_rows(f"{stem}_{verb}", transposed) for verb in ("gather", "weight"))
+            defines |= dict(zip(("TILE_P", "TILE_E"), rows, strict=True), TILE_V=self.tile_vectors(transposed))
+        return defines
 
     def lanes(self, transposed: bool) -> int:
         """CU: channels of an input block that are computed; fewer for images of few channels."""

@@ -183,6 +183,10 @@ class Device:
         """Allocates zeroed memory of at least one byte."""
         return Arena(self, max(ALIGNMENT, nbytes))
 
+    def enqueue(self, kernel: cl.Kernel, size: tuple[int, ...]) -> cl.Event:
+        """Starts a kernel. On a CPU a work-item is a task of its own; elsewhere the driver groups them."""
+        return cl.enqueue_nd_range_kernel(self.queue, kernel, size, (1,) * len(size) if self.host_memory else None)
+
     def finish(self) -> None:
         """Waits until everything enqueued is done."""
         self.queue.finish()

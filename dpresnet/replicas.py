@@ -64,9 +64,8 @@ class Replicas:
         return [self.device.arena(nbytes) for nbytes in self.model.bytes[home]]
 
     def enqueue(self, launch: Launch, kernel: cl.Kernel) -> cl.Event:
-        """Starts one launch. On a CPU a work-item is a task of its own; elsewhere the driver groups them."""
-        local = (1,) * len(launch.size) if self.device.host_memory else None
-        event = cl.enqueue_nd_range_kernel(self.device.queue, kernel, launch.size, local)
+        """Starts one launch."""
+        event = self.device.enqueue(kernel, launch.size)
         if self.observe:
             self.observe(launch, event)
         return event

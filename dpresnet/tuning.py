@@ -166,11 +166,10 @@ class Bench:
     def time(self, known: tuple) -> float:
         """Seconds of a launch, the mean of some in a row."""
         launch, kernel = self._ready[known]
-        local = (1,) * len(launch.size) if self.device.host_memory else None
         count = LEAST_BURST
         if self._seconds:
             count = min(MOST_BURST, max(LEAST_BURST, math.ceil(BURST_S / self._seconds)))
-        events = [cl.enqueue_nd_range_kernel(self.device.queue, kernel, launch.size, local) for _ in range(1 + count)]
+        events = [self.device.enqueue(kernel, launch.size) for _ in range(1 + count)]
         self.device.finish()
         seconds = 1e-9 * max(1, events[-1].profile.end - events[0].profile.end) / count
         self._seconds = seconds

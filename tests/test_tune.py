@@ -212,12 +212,12 @@ def test_training_leaves_the_same_bits_with_every_file(file, arch, precision, ve
         pytest.skip("this device has no register tiles")
     work = Workload(arch, image=16, batch=3, precision=precision, vector=vector)
     usual, shipped, side = trained(work)
-    assert side.tuned == {"file": None, "entries": 0}
+    assert side.device.tuned.facts == {"file": None, "entries": 0}
     found = tuning.tasks_of(device, arch, Options(work.classes, work.stem), work.image, work.batch, precision, False)
     winners = {task.key: odd(task.conv.sizes(task.kernel, task.transposed)) for task in found}
     tiles.write(file, device.tuning_name, tuned_kernels(), winners)
     others, tuned, side = trained(work)
-    assert side.tuned == {"file": str(file), "entries": len(winners)}
+    assert side.device.tuned.facts == {"file": str(file), "entries": len(winners)}
     same = [dict(a[0]) for a, b in zip(tuned, shipped, strict=True) if a == b]
     assert all("GROUP" in defines for defines in same), "rows of small groups are multiples, so both may be equal"
     assert len(same) < len(shipped) / 5

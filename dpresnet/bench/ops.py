@@ -79,7 +79,7 @@ def measure(work: Workload, rounds: int) -> Facts:
     from dpresnet.bench.peaks import Probes
 
     side = Ours(work)
-    side.warm()
+    tuned = side.warm()["tuned"]
     probes = Probes(side.device)
     profiles, taken, launches = [], [], []
     for _ in range(rounds):
@@ -89,7 +89,7 @@ def measure(work: Workload, rounds: int) -> Facts:
     plans = {id(entry): name for name, plan in plans_of(side.model).items() for entry in plan}
     rows = [row(i, launch, plans[id(launch)], taken, probes.cache_bytes) for i, launch in enumerate(launches)]
     step = overhead(merged(profiles))
-    return {"device": side.name, "tuned": side.tuned, "cache_bytes": probes.cache_bytes, **summary(rows, taken, step)}
+    return {"device": side.name, "tuned": tuned, "cache_bytes": probes.cache_bytes, **summary(rows, taken, step)}
 
 
 def merged(profiles: list[Facts]) -> Facts:

@@ -60,11 +60,6 @@ class Ours:
         """Device, platform and driver."""
         return self.device.name
 
-    @property
-    def tuned(self) -> Facts:
-        """Which measured tile sizes the device has."""
-        return self.device.tuned.facts
-
     def step(self) -> bool:
         """One whole step (or evaluation); returns whether the loss scaler dropped it."""
         batch = self._batches[self._done % BATCHES]
@@ -75,7 +70,9 @@ class Ours:
         return self.trainer.step([batch], self.work.batch, self.lr, self._hyper).skipped
 
     def warm(self) -> Facts:
-        """Compiles and settles; seconds of a step afterwards, and the steps that the loss scaler dropped on the way."""
+        """Compiles and settles; seconds of a step afterwards, the steps that the loss scaler dropped on the way, and which
+        measured tile sizes the device has.
+        """
         self.trainer.replicas.warm()  # runs the update too, on whatever lies in the gradients
         self.trainer.restore(initial_state(self.model.state, 0))
         skipped = 0
@@ -85,7 +82,7 @@ class Ours:
             if not dropped:
                 break
         seconds = self.run(WARM_STEPS)["seconds"]
-        return {"step_s": min(seconds), "skipped": skipped}
+        return {"step_s": min(seconds), "skipped": skipped, "tuned": self.device.tuned.facts}
 
     def run(self, steps: int) -> Facts:
         """Seconds of each step, and how many of them the loss scaler dropped: those skip the update.

@@ -22,7 +22,7 @@ def measure(work: Workload, variants: list[str], pairs: int, turn_s: float) -> F
     with ExitStack() as stack:
         sides = [("theirs", stack.enter_context(Child("theirs", work, variants)))] if variants else []
         sides.append(("ours", stack.enter_context(Child("ours", work))))
-        found = {name: {**described(child.hello()), **child.ask("warm"), "turns": []} for name, child in sides}
+        found = {name: {"name": child.hello()["name"], **child.ask("warm"), "turns": []} for name, child in sides}
         for _ in range(pairs):
             for name, child in sides:
                 steps = max(1, round(turn_s / found[name]["step_s"]))
@@ -30,11 +30,6 @@ def measure(work: Workload, variants: list[str], pairs: int, turn_s: float) -> F
         if not work.infer:
             found["ours"]["overhead"] = overhead(dict(sides)["ours"].ask("overhead", steps=PROFILED_STEPS))
     return summary(found, work)
-
-
-def described(hello: Facts) -> Facts:
-    """What a side is."""
-    return {key: hello[key] for key in ("name", "tuned") if key in hello}
 
 
 def summary(found: Facts, work: Workload) -> Facts:

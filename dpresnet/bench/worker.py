@@ -57,8 +57,7 @@ def serve(job: Facts, channel: TextIO) -> None:
     build = load(job)
     imported = resident()
     side = build()
-    tuned = {"tuned": side.tuned} if job["side"] == "ours" else {}
-    send(channel, {"name": side.name, **tuned, "imported": imported, "built": resident()})
+    send(channel, {"name": side.name, "imported": imported, "built": resident()})
     wall, cpu = time.perf_counter(), time.process_time()
     for line in sys.stdin:
         waited = {"waited_s": time.perf_counter() - wall, "waited_cpu_s": time.process_time() - cpu}

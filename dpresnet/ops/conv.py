@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 
 from dpresnet.convolution import (
-    LEAST_GROUPS,
     MOST_LOCAL_BYTES,
     Conv,
     Geometry,
@@ -21,6 +20,7 @@ from dpresnet.convolution import (
 from dpresnet.device import BLOCK
 from dpresnet.plan import Local, Plan, Tensor
 
+PACK_GROUPS = 32  # work-groups of conv_pack, about
 PATCH_BYTES = 2**19  # of the patch of conv_gather: half of the second-level cache
 CONVERT, READ = 4, 4  # cost of converting one value for the patch, of reading one weight, in multiplications
 
@@ -102,8 +102,8 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, t
         size = (-(-geometry.lines // geometry.group_lines), -(-conv.tiles(transposed) // geometry.group_tiles))
         memory = [Local(4 * n) for n in gather_floats(conv, geometry)]
     args = [x, w, y, *tables(conv, geometry), geometry.constant(), *memory]
-    plan.launch(name, "conv_gather", size, args, [y], conv.flops, **conv.defines(transposed),
-                TILE_P=conv.tile_rows("conv_gather", transposed))  # fmt: skip
+    defines = conv.defines("conv", transposed) | {"TILE_P": conv.tile_rows("conv_gather", transposed)}
+    plan.launch(name, "conv_gather", size, args, [y], conv.flops, **defines)
 
 
 def forward(plan: Plan, name: str, conv: Conv, x: Tensor, packed: Tensor, y: Tensor) -> None:
@@ -151,7 +151,7 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
     geometry = geometry_of(conv, transposed=False)
     partial = Tensor(f"{name}.partial", conv.partial_shape(), np.dtype(np.float32))
     segments, tiles, blocks, entries, channels = partial.shape
-    defines = conv.defines(False) | {"TILE_E": conv.tile_rows("conv_weight")}
+    defines = conv.defines("conv", False) | {"TILE_E": conv.tile_rows("conv_weight")}
     if conv.vector == 1:
         _, taps = tables(conv, geometry)
         args = [x, dy, partial, taps, geometry.constant()]
@@ -174,5 +174,5 @@ def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, tran
     """Refreshes a working copy from the fp32 master weights."""
     tiles, blocks, taps, terms, _ = packed.shape
     args = [master, packed, geometry_of(conv, transposed).constant()]
-    size = (taps * terms, blocks, tiles) if conv.vector == 1 else (min(blocks, -(-LEAST_GROUPS // tiles)), tiles)
-    plan.launch(name, "conv_pack", size, args, [packed], **conv.defines(transposed))
+    size = (taps * terms, blocks, tiles) if conv.vector == 1 else (min(blocks, -(-PACK_GROUPS // tiles)), tiles)
+    plan.launch(name, "conv_pack", size, args, [packed], **conv.defines("conv", transposed))

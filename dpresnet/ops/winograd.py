@@ -151,8 +151,8 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, t
     g = gather_groups(conv, transposed)
     size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.panel))
     args = [x, u, y, g.constant(), *(Local(4 * n) for n in gather_floats(g))]
-    plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **conv.defines(transposed),
-                TILE_P=conv.tile_rows("winograd_gather", transposed))  # fmt: skip
+    defines = conv.defines("winograd", transposed) | {"TILE_P": conv.tile_rows("winograd_gather", transposed)}
+    plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **defines)
 
 
 def forward(plan: Plan, name: str, conv: Conv, x: Tensor, packed: Tensor, y: Tensor) -> None:
@@ -184,7 +184,8 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
     partial = dw if single else Tensor(f"{name}.partial", (g.segments, g.segment_size), np.dtype(np.float32))
     edge = conv.tile_rows("winograd_weight")
     args = [x, dy, partial, g.constant(), *(Local(4 * n) for n in weight_floats(g, edge))]
-    plan.launch(name, "winograd_weight", (g.segments, *parts), args, [partial], conv.flops, **conv.defines(False), TILE_E=edge)
+    defines = conv.defines("winograd", False) | {"TILE_E": edge}
+    plan.launch(name, "winograd_weight", (g.segments, *parts), args, [partial], conv.flops, **defines)
     if not single:
         sizes = np.int32(g.segments), np.int32(g.segment_size)
         plan.elementwise(f"{name}.reduce", "winograd_reduce", g.weights, [partial, dw, *sizes], [dw])
@@ -194,4 +195,4 @@ def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, tran
     """Refreshes a working copy from the fp32 master weights."""
     tiles, _, channels, _ = packed.shape
     args = [master, packed, geometry_of(conv, transposed).constant()]
-    plan.launch(name, "winograd_pack", (channels // BLOCK, tiles), args, [packed], **conv.defines(transposed))
+    plan.launch(name, "winograd_pack", (channels // BLOCK, tiles), args, [packed], **conv.defines("winograd", transposed))

@@ -100,8 +100,7 @@ class Bench(harness.Bench):
     def _enqueue(self) -> None:
         device = self.plan.device
         for entry, kernel in zip(self.plan, bind(self.plan, self.memory, constants_of(self.plan)), strict=True):
-            group = (1,) * len(entry.size) if device.host_memory else None
-            cl.enqueue_nd_range_kernel(device.queue, kernel, entry.size, group)
+            device.enqueue(kernel, entry.size)
         device.finish()
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import pyopencl as cl
 import pytest
 
 from dpresnet.convolution import Conv
@@ -233,8 +232,7 @@ class Bench:
     def _enqueue(self) -> None:
         device, constants = self.plan.device, {}
         for entry, kernel in zip(self.plan, bind(self.plan, self.memory, constants), strict=True):
-            group = (1,) * len(entry.size) if device.host_memory else None
-            cl.enqueue_nd_range_kernel(device.queue, kernel, entry.size, group)
+            device.enqueue(kernel, entry.size)
         device.finish()
 
     def stored(self, tensor: Tensor) -> np.ndarray:
