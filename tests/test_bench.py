@@ -12,7 +12,9 @@ import pytest
 from dpresnet.bench import __main__ as program
 from dpresnet.bench import facts, memory, ops, ours, step
 from dpresnet.bench.child import Child
+from dpresnet.bench.peaks import Probes
 from dpresnet.bench.workload import Workload
+from dpresnet.device import Device, choose_device
 from dpresnet.errors import Refused
 from dpresnet.plan import Constant, Launch, Tensor
 
@@ -88,6 +90,14 @@ def test_ops(tmp_path, precision):
     convolutions = sum(row["median_s"] for row in rows if row["kernel"] in kernels)
     assert results["outside_convolutions"]["of_sum"] == pytest.approx(1 - convolutions / results["sum_s"])
     assert all(len(samples) >= 8 for samples in results["peaks"]["fma"]["samples"])
+
+
+def test_streams_are_through_memory_that_has_been_written():
+    probes = Probes(Device(choose_device()))
+    probes.device.finish()
+    for array in probes._arrays:
+        array.pull(0, array.nbytes)
+        assert np.all(array.view(0, (array.nbytes // 4,), np.float32) == 1), "untouched pages would be read from the cache"
 
 
 def test_ops_of_inference(tmp_path):

@@ -36,6 +36,8 @@ class Probes:
         self._out = device.arena(4 * 16 * (self._chains + 1))
         self._stream = cl.Kernel(device.program("probe", VEC=device.vector, ITEMS=self._items), "probe_stream")
         self._arrays = [device.arena(int(LARGEST * self.cache_bytes) // ARRAYS) for _ in range(ARRAYS)]
+        for array in self._arrays:  # pages that nobody has written are one page of zeros, always in the cache
+            cl.enqueue_fill_buffer(device.queue, array.buffer(0, array.nbytes), np.float32(1), 0, array.nbytes)
         self.fma()
         device.finish()
 
