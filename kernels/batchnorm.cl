@@ -162,9 +162,9 @@ __kernel void batchnorm_apply(__global const act *restrict x, __global const flo
 
 // Per image: sum of g, and sum of g times the normalised input: partial[image][2][channels], and the same for the other branch,
 // r_partial. g is dz where z is positive; without a residual that sign is computed again from x.
-__kernel void batchnorm_backward_reduce(__global const act *restrict dz,
+__kernel void batchnorm_backward_reduce(__global const act *dz,
 #if TERMS == 2
-                                        __global const act *restrict dz2,
+                                        __global const act *dz2,
 #endif
                                         __global const act *restrict x, __global const float *restrict moments,
 #if RELU && !RESIDUAL
@@ -173,7 +173,7 @@ __kernel void batchnorm_backward_reduce(__global const act *restrict dz,
                                         __global const act *restrict z,
 #endif
 #if RESIDUAL
-                                        __global act *restrict g,
+                                        __global act *g,
 #endif
 #if RESIDUAL == 2
                                         __global const act *restrict r, __global const float *restrict r_moments,
@@ -266,11 +266,11 @@ __kernel void batchnorm_sum(__global const float *restrict partial, __global flo
 // dx = scale * (g - mean(g) - normalised x * mean(g * normalised x)), zero for images that do not count; means[2][channels] are
 // over all replicas. With RESIDUAL 2 likewise dr of the other branch, whose mean(g) is the same. g is dz, masked if RELU (and
 // then without a residual).
-__kernel void batchnorm_backward(__global const act *restrict dz,
+__kernel void batchnorm_backward(__global const act *dz,
 #if TERMS == 2
-                                 __global const act *restrict dz2,
+                                 __global const act *dz2,
 #endif
-                                 __global const act *restrict x, __global act *restrict dx,
+                                 __global const act *restrict x, __global act *dx,
                                  __global const float *restrict moments, __global const float *restrict means,
                                  __global const float *restrict weight,
 #if RELU

@@ -80,7 +80,7 @@ def backward_reduce(plan: Plan, name: str, terms: Sequence[Tensor], affines: Seq
     """partials [N, 2, C] = sum(g), sum(g * normalised x) per image, for each of one or two branches.
 
     g is the sum of one or two ``terms`` of the gradient of z, where z is positive if ``relu``. After a residual addition
-    ``z`` and ``g`` (which is written) are given; otherwise the sign of z is computed again.
+    ``z`` and ``g`` (which is written, and may be one of the terms) are given; otherwise the sign of z is computed again.
     """
     first, kind = affines[0], 0 if g is None else len(affines)
     args, writes = [*terms, first.x, first.moments], [*partials]
@@ -106,6 +106,7 @@ def backward(plan: Plan, name: str, terms: Sequence[Tensor], affines: Sequence[A
     """dx of each branch from ``means`` [2, C], the sums divided by the number of values over all replicas.
 
     After a residual addition the only term is the g of `backward_reduce`, without ReLU; two branches are possible then only.
+    The first of ``dxs`` may be one of the terms.
     """
     first = affines[0]
     args = [*terms, first.x, dxs[0], first.moments, means[0], first.weight, *([first.bias] if relu else [])]
