@@ -104,6 +104,29 @@ def test_backward_weight(mode, shape):
 POINTS_OF_A_TILE = 36  # a sum over fewer pixels still passes through the sums of the transforms
 
 
+@each_vector
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_a_pixel_that_is_no_number_stays_in_the_tiles_that_read_it(mode, padding, transposed):
+    """In place of those outside the image, tiles at its border read pixels in its first row and column."""
+    shape = Shape(1, 16, 16, 10, 13, 3, 1, padding)
+    bench = Bench(mode)
+    source, w = bench.draw(*(shape.y if transposed else shape.x)), bench.draw(*shape.w)
+    clean = bench.read(gathered(bench, shape, source, w, transposed))
+    before = 2 - padding if transposed else padding  # rows that the first tile begins above the image
+    tiles = np.indices(clean.shape[2:]) // winograd.OUT
+    for pixel in np.ndindex(*source.shape[2:]):
+        if 0 not in pixel:
+            continue
+        bench, spoiled = Bench(mode), source.copy()
+        spoiled[0, :, pixel[0], pixel[1]] = np.nan
+        found = bench.read(gathered(bench, shape, spoiled, w, transposed))
+        within = np.array(pixel).reshape(2, 1, 1) + before - winograd.OUT * tiles  # the pixel's place in the tile of each output
+        reads = ((within >= 0) & (within < winograd.EDGE)).all(0)
+        assert np.isnan(found[0, :, reads]).any()
+        np.testing.assert_array_equal(found[0][:, ~reads], clean[0][:, ~reads])
+
+
 @pytest.mark.parametrize("channels", [64, 512])
 def test_error_is_near_that_of_direct_sums(channels):
     """Root mean square, on inputs as ReLU leaves them: the points are chosen for it."""
