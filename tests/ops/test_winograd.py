@@ -121,7 +121,7 @@ def test_a_pixel_that_is_no_number_stays_in_the_tiles_that_read_it(mode, padding
         bench, spoiled = Bench(mode), source.copy()
         spoiled[0, :, pixel[0], pixel[1]] = np.nan
         found = bench.read(gathered(bench, shape, spoiled, w, transposed))
-        within = np.array(pixel).reshape(2, 1, 1) + before - winograd.OUT * tiles  # the pixel's place in the tile of each output
+        within = np.array(pixel).reshape(2, 1, 1) + before - winograd.OUT * tiles  # place of the pixel in each output's tile
         reads = ((within >= 0) & (within < winograd.EDGE)).all(0)
         assert np.isnan(found[0, :, reads]).any()
         np.testing.assert_array_equal(found[0][:, ~reads], clean[0][:, ~reads])
