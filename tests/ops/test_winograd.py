@@ -187,12 +187,11 @@ def test_work_group_sizes_change_no_bit(monkeypatch, shape, path, gather, weight
         assert winograd.gather_groups(found, False).group_tiles == gather.rows * gather.tiles * (1 if cache else 2)
 
 
-def test_little_local_memory_changes_no_bit():
-    class Small(Device):
-        local_bytes = 2**17 + winograd.RESERVE
-
-    shape = SHAPES[6]
-    for bits, others in zip(passes(shape), passes(shape, Small(choose_device())), strict=True):
+@pytest.mark.parametrize("shape", [SHAPES[6], Shape(20, 80, 70, 4, 3, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize("facts", [{"local_bytes": 2**17 + winograd.RESERVE}, {"compute_units": 1}, {"compute_units": 64}])
+def test_local_memory_and_compute_units_change_no_bit(shape, facts):
+    other = type("Other", (Device,), facts)(choose_device())
+    for bits, others in zip(passes(shape), passes(shape, other), strict=True):
         np.testing.assert_array_equal(bits, others)
 
 
@@ -229,9 +228,10 @@ def test_segments_are_worth_the_transform_of_their_sums(monkeypatch):
     assert [winograd.segments(conv_of(bench, shape)) for shape in shapes] == [1, 4, 32]
 
 
-def test_order_of_the_weight_gradient_is_the_same_for_every_vector_width():
-    found = replace(conv_of(Bench(Mode("fp32", "vector")), SHAPES[4]), images=100)
-    assert len({winograd.segments(replace(found, vector=v, local_bytes=b)) for v, b in [(8, 2**20), (16, 2**18)]}) == 1
+def test_order_of_the_weight_gradient_is_the_same_for_every_device():
+    found = replace(conv_of(Bench(Mode("fp32", "vector")), SHAPES[7]), images=100)
+    devices = [(8, 2**20, 2), (16, 2**18, 64)]  # lanes, bytes of local memory, compute units
+    assert len({winograd.segments(replace(found, vector=v, local_bytes=b, units=u)) for v, b, u in devices}) == 1
 
 
 def test_kernels_are_the_ones_expected():
