@@ -32,11 +32,14 @@ def bench(*argv, folder):
     return json.loads(file.read_text()), done.stdout
 
 
-def assert_whence(found, command):
-    """Machine, versions, commit, date and arguments are there."""
+def assert_whence(found, command, printed, lanes=0):
+    """Machine, versions, commit, date and arguments are there; the device with its vectors in a line of its own."""
     assert found["machine"]["cpu"]
     assert found["machine"]["cores"] >= 1
     assert found["versions"].keys() >= {"python", "dpresnet", "numpy", "pyopencl", "driver"}
+    device = Device(choose_device(), vector=lanes)
+    assert found["versions"]["driver"] == f"{device.name}, {device.vector} lanes"
+    assert found["versions"]["driver"] in printed.splitlines()
     assert (found["commit"] is None) == (not (facts.CHECKOUT / ".git").exists())
     assert found["date"][:2] == "20"
     assert found["arguments"]["command"] == command
@@ -48,7 +51,7 @@ def assert_whence(found, command):
 
 def test_step_alone(tmp_path):
     found, printed = bench("step", *TINY, "--pairs", "3", "--turn", "0.05", folder=tmp_path)
-    assert_whence(found, "step")
+    assert_whence(found, "step", printed)
     side, results = found["results"]["sides"]["ours"], found["results"]
     assert "ratio" not in results and "theirs" not in results["sides"]
     assert side["images_per_s"] == [4 * len(t["seconds"]) / sum(t["seconds"]) for t in side["turns"]]
@@ -62,7 +65,8 @@ def test_step_alone(tmp_path):
 
 
 def test_inference(tmp_path):
-    found, printed = bench("step", *TINY, "--infer", "--pairs", "1", "--turn", "0.01", folder=tmp_path)
+    found, printed = bench("step", *TINY, "--infer", "--vector", "1", "--pairs", "1", "--turn", "0.01", folder=tmp_path)
+    assert_whence(found, "step", printed, lanes=1)
     assert found["results"]["sides"]["ours"]["images_per_s"][0] > 0
     assert printed.count("evaluation forward") == 1
 
@@ -70,7 +74,7 @@ def test_inference(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_ops(tmp_path, precision):
     found, printed = bench("ops", *TINY, "--rounds", "2", "--precision", precision, folder=tmp_path)
-    assert_whence(found, "ops")
+    assert_whence(found, "ops", printed)
     results, rows = found["results"], found["results"]["rows"]
     assert results["tuned"] == {"file": None, "entries": 0} and "tile sizes: as shipped" in printed
     assert {row["plan"] for row in rows} == {"train", "check", "update"}
@@ -107,7 +111,7 @@ def test_ops_of_inference(tmp_path):
 
 def test_memory(tmp_path):
     found, printed = bench("memory", *TINY, "--runs", "2", "--steps", "1", folder=tmp_path)
-    assert_whence(found, "memory")
+    assert_whence(found, "memory", printed)
     side = found["results"]["sides"]["dpresnet"]
     assert len(side["peaks"]) == 2
     assert sum(side["parts"].values()) in side["peaks"]

@@ -1,6 +1,9 @@
 """Training steps in one process: what replicas, buckets, short batches and overflows may and may not change."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pyopencl as cl
 import pytest
 
 from dpresnet.amp import LossScaler
@@ -10,6 +13,7 @@ from dpresnet.errors import GaveUp
 from dpresnet.initial import initial_state
 from dpresnet.model import Model
 from dpresnet.ops import winograd
+from dpresnet.plan import Exchange
 from dpresnet.resnet import Options
 from dpresnet.trainer import Hyper, Trainer
 
@@ -125,6 +129,64 @@ def test_buckets_are_reduced_while_backward_goes_on(device):
     exchanges_left = [sum(other == "_agree" for other, _ in log[i:]) for i, (name, _) in enumerate(log) if name != "_agree"]
     assert exchanges_left[0] > 10
     assert exchanges_left == sorted(exchanges_left, reverse=True)
+
+
+class Late:
+    """In place of an event: not complete when it is looked at the first ``looks`` times; writes down who waits for it."""
+
+    def __init__(self, name: str, looks: int, log: list[str]) -> None:
+        self.name, self.looks, self.log = name, looks, log
+
+    @property
+    def command_execution_status(self) -> int:
+        self.looks -= 1
+        return (cl.command_execution_status.RUNNING, cl.command_execution_status.COMPLETE)[self.looks < 0]
+
+    def wait(self) -> None:
+        self.log.append(f"wait for {self.name}")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ready", "running", "expected"),
+    [
+        (2, True, False, {"start 7", "progress"}),
+        (2, False, True, {"progress"}),
+        (2, False, False, set()),
+        (1, True, True, set()),  # nobody waits for the sums of one rank
+    ],
+)
+def test_buckets_go_on_while_several_ranks_wait_for_an_exchange(device, monkeypatch, ranks, ready, running, expected):
+    """Before the host waits for what is exchanged, which nothing else could then interrupt."""
+    trainer, log = make(device, 2, 1), []
+    monkeypatch.setattr(trainer, "comm", SimpleNamespace(size=ranks))
+    monkeypatch.setattr(trainer, "_reduce", SimpleNamespace(running=running, progress=lambda: log.append("progress")))
+    monkeypatch.setattr(trainer, "_start_bucket", lambda bucket: log.append(f"start {bucket}"))
+    trainer._ready = [(7, Late("bucket", 1, log))] if ready else []
+    trainer._wait_for(Late("statistics", 4, log))
+    assert log.pop() == "wait for statistics"
+    assert set(log) == expected
+
+
+def test_exchanges_wait_for_the_last_replica_and_nothing_else(device, monkeypatch):
+    """The values of the others, which are launched before it in the same queue, are there then; what is launched after it runs
+    meanwhile.
+    """
+    trainer = make(device, 2, 3)
+    latest, exchanged, waits = {}, [], []
+    trainer.replicas.observe = lambda launch, event: latest.update(dict.fromkeys(launch.writes, event))
+    monkeypatch.setattr(device, "finish", lambda: waits.append(True))
+    agree = trainer._agree
+
+    def checked(entry: Exchange, event: cl.Event) -> None:
+        waits.clear()
+        agree(entry, event)
+        exchanged.append(event == latest[entry.source] and not waits)
+
+    monkeypatch.setattr(trainer, "_agree", checked)
+    batches = split(*samples(6), 2, 3)
+    trainer.forward_backward(batches, 6)
+    device.queue.finish()
+    assert exchanged == [True] * 38  # statistics and sums of 19 norms
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 7])

@@ -57,8 +57,8 @@ class Ours:
 
     @property
     def name(self) -> str:
-        """Device, platform and driver."""
-        return self.device.name
+        """Device, platform, driver and how wide its vectors are here."""
+        return f"{self.device.name}, {self.device.vector} lanes"
 
     def step(self) -> bool:
         """One whole step (or evaluation); returns whether the loss scaler dropped it."""

@@ -234,11 +234,9 @@ def test_work_group_sizes_change_no_bit(monkeypatch, shape, path, gather, weight
 
 
 @pytest.mark.parametrize("shape", TILING[:-1], ids=str)
-def test_little_local_memory_changes_no_bit(shape):
-    class Small(Device):
-        local_bytes = 2**15
-
-    mode, device = Mode("fp16", "vector"), Small(choose_device())
+@pytest.mark.parametrize("facts", [{"local_bytes": 2**15}, {"compute_units": 1}, {"compute_units": 64}], ids=str)
+def test_local_memory_and_compute_units_change_no_bit(shape, facts):
+    mode, device = Mode("fp16", "vector"), type("Other", (Device,), facts)(choose_device())
     for bits, others in zip(passes(mode, shape), passes(mode, shape, device), strict=True):
         np.testing.assert_array_equal(bits, others)
 
@@ -263,9 +261,9 @@ def test_scalar_path_adds_in_the_same_order(shape):
 
 
 @each_shape
-def test_order_of_the_weight_gradient_is_the_same_for_every_vector_width(shape):
+def test_order_of_the_weight_gradient_is_the_same_for_every_device(shape):
     many = astuple(replace(shape, images=100))
-    devices = [(1, 2**15), (8, 2**20), (16, 2**16)]  # lanes, bytes of local memory
+    devices = [(1, 2**15), (8, 2**20, 2), (16, 2**16, 64, "fp16")]  # lanes, bytes of local memory, compute units
     assert len({ops.Conv(*many, *device).segments for device in devices}) == 1
 
 
@@ -326,13 +324,6 @@ def test_small_groups_multiply_nothing_with_zero(channels):
 def test_other_convolutions_multiply_blocks(shape):
     for bench in recorded(Mode("fp16", "vector"), shape):
         assert not [e for e in bench.plan if "GROUP" in dict(e.defines)]
-
-
-def test_missing_channels_are_not_multiplied():
-    """Three channels lie in four lanes of a patch; the fourth has no weights."""
-    conv = conv_of(Bench(Mode("fp16", "vector")), Shape(2, 3, 64, 15, 14, 7, 2, 3))
-    assert conv.packed_shape(False)[2:4] == (49, 3)
-    assert conv.partial_shape()[3] == 147
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

@@ -1,5 +1,6 @@
 """The shortcut without parameters: values are moved, not computed, so every result is exact."""
 
+import numpy as np
 import pytest
 from harness import Bench, each_mode
 
@@ -36,6 +37,7 @@ def test_forward(mode, shape, outs, stride):
 def test_backward(mode, shape, outs, stride):
     bench = Bench(mode)
     dy, dx = bench.draw(*out_shape(shape, outs, stride)), bench.out_image(shape)
+    dy[:, shape[1] :] = np.inf  # channels that only y has: not even an overflow leaves a trace
     ops.backward(bench.plan, "shortcut", bench.image(dy), dx, stride)
     bench.run()
     bench.assert_exact(dx, reference.shortcut_backward(dy, shape, stride))

@@ -104,6 +104,29 @@ def test_backward_weight(mode, shape):
 POINTS_OF_A_TILE = 36  # a sum over fewer pixels still passes through the sums of the transforms
 
 
+@each_vector
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_a_pixel_that_is_no_number_stays_in_the_tiles_that_read_it(mode, padding, transposed):
+    """In place of those outside the image, tiles at its border read pixels in its first row and column."""
+    shape = Shape(1, 16, 16, 10, 13, 3, 1, padding)
+    bench = Bench(mode)
+    source, w = bench.draw(*(shape.y if transposed else shape.x)), bench.draw(*shape.w)
+    clean = bench.read(gathered(bench, shape, source, w, transposed))
+    before = 2 - padding if transposed else padding  # rows that the first tile begins above the image
+    tiles = np.indices(clean.shape[2:]) // winograd.OUT
+    for pixel in np.ndindex(*source.shape[2:]):
+        if 0 not in pixel:
+            continue
+        bench, spoiled = Bench(mode), source.copy()
+        spoiled[0, :, pixel[0], pixel[1]] = np.nan
+        found = bench.read(gathered(bench, shape, spoiled, w, transposed))
+        within = np.array(pixel).reshape(2, 1, 1) + before - winograd.OUT * tiles  # place of the pixel in each output's tile
+        reads = ((within >= 0) & (within < winograd.EDGE)).all(0)
+        assert np.isnan(found[0, :, reads]).any()
+        np.testing.assert_array_equal(found[0][:, ~reads], clean[0][:, ~reads])
+
+
 @pytest.mark.parametrize("channels", [64, 512])
 def test_error_is_near_that_of_direct_sums(channels):
     """Root mean square, on inputs as ReLU leaves them: the points are chosen for it."""
@@ -164,12 +187,11 @@ def test_work_group_sizes_change_no_bit(monkeypatch, shape, path, gather, weight
         assert winograd.gather_groups(found, False).group_tiles == gather.rows * gather.tiles * (1 if cache else 2)
 
 
-def test_little_local_memory_changes_no_bit():
-    class Small(Device):
-        local_bytes = 2**17 + winograd.RESERVE
-
-    shape = SHAPES[6]
-    for bits, others in zip(passes(shape), passes(shape, Small(choose_device())), strict=True):
+@pytest.mark.parametrize("shape", [SHAPES[6], Shape(20, 80, 70, 4, 3, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize("facts", [{"local_bytes": 2**17 + winograd.RESERVE}, {"compute_units": 1}, {"compute_units": 64}])
+def test_local_memory_and_compute_units_change_no_bit(shape, facts):
+    other = type("Other", (Device,), facts)(choose_device())
+    for bits, others in zip(passes(shape), passes(shape, other), strict=True):
         np.testing.assert_array_equal(bits, others)
 
 
@@ -206,9 +228,10 @@ def test_segments_are_worth_the_transform_of_their_sums(monkeypatch):
     assert [winograd.segments(conv_of(bench, shape)) for shape in shapes] == [1, 4, 32]
 
 
-def test_order_of_the_weight_gradient_is_the_same_for_every_vector_width():
-    found = replace(conv_of(Bench(Mode("fp32", "vector")), SHAPES[4]), images=100)
-    assert len({winograd.segments(replace(found, vector=v, local_bytes=b)) for v, b in [(8, 2**20), (16, 2**18)]}) == 1
+def test_order_of_the_weight_gradient_is_the_same_for_every_device():
+    found = replace(conv_of(Bench(Mode("fp32", "vector")), SHAPES[7]), images=100)
+    devices = [(8, 2**20, 2), (16, 2**18, 64)]  # lanes, bytes of local memory, compute units
+    assert len({winograd.segments(replace(found, vector=v, local_bytes=b, units=u)) for v, b, u in devices}) == 1
 
 
 def test_kernels_are_the_ones_expected():
