@@ -350,12 +350,12 @@ def gather_floats(conv: Conv, geometry: Geometry) -> list[int]:
 
 
 def weight_floats(conv: Conv, geometry: Geometry) -> list[int]:
-    """Patch, gradient, sums, table of pixels and table of entries of conv_weight, in units of 4 bytes."""
+    """Patch, gradient, sums, tables of pixels and table of entries of conv_weight, in units of 4 bytes."""
     edge = conv.tile_rows("conv_weight")
     padded = -(-geometry.group_blocks * geometry.taps * conv.terms(False) // edge) * edge
     pixels = geometry.group_lines * geometry.grid_width
-    channels = geometry.group_tiles * geometry.tile_channels
-    return [patch_floats(conv, geometry), pixels * channels, padded * channels, pixels, padded]
+    sums = padded * geometry.group_tiles * geometry.tile_channels
+    return [patch_floats(conv, geometry), pixels * geometry.tile_channels, sums, 2 * 3 * pixels, padded]
 
 
 def least_local_bytes(conv: Conv) -> int:

@@ -144,8 +144,11 @@ void conv_load_grad(__global const act *restrict dy, __local float *restrict gra
 #define ENTRY_TERMS (GROUP && GROUP % VEC ? GROUP : 1)
 
 // Adds the products of TILE_E entries of the patch with an output tile of dy, over the pixels, to TILE_E rows of sums.
+// Meanwhile a block of x or dy of the lines that come next is fetched, at the places (AT_X or AT_Y) in the table `next`: spread
+// over the multiplications, as memory would be too slow for all of it at once.
 INLINE void conv_accumulate(__local float *sums, __local const float *patch, __local const int *entry,
-                     __local const float *grad, __local const int *table, const int pixels)
+                            __local const float *grad, __local const int *table, const int pixels,
+                            __global const act *ahead, __local const int *next)
 {
     __local const float *xs[TILE_E];
     vec sum[TILE_E][TILE_V];
@@ -153,7 +156,8 @@ INLINE void conv_accumulate(__local float *sums, __local const float *patch, __l
     UNROLL for (int j = 0; j < TILE_E; j++)
         UNROLL for (int v = 0; v < TILE_V; v++) sum[j][v] = LOADL(sums + j * TILE_O + v * VEC);
     for (int p = 0; p < pixels; p++) {
-        const int offset = table[p];
+        const int offset = table[3 * p + AT_PATCH];
+        PREFETCH_LATER(ahead + next[3 * p]);
         vec dys[TILE_V];
         UNROLL for (int v = 0; v < TILE_V; v++) dys[v] = LOADL(grad + p * TILE_O + v * VEC);
         UNROLL for (int j = 0; j < TILE_E; j++)
@@ -161,6 +165,15 @@ INLINE void conv_accumulate(__local float *sums, __local const float *patch, __l
     }
     UNROLL for (int j = 0; j < TILE_E; j++)
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[j][v], sums + j * TILE_O + v * VEC);
+}
+
+// The block of x, and after those the block of dy, that a work-group fetches as its `piece`-th; at last only the last one.
+INLINE __global const act *conv_ahead(__global const act *x, __global const act *dy, const int piece, const int block,
+                                      const int blocks, const int first_tile, const int tiles, const Geometry g)
+{
+    const int last = min((first_tile + tiles) * TILE_O - 1, g.out_blocks * BLOCK - 1) / BLOCK;
+    return piece < blocks ? x + (long)(block + piece) * g.in_height * g.in_width * BLOCK
+                          : dy + (long)min(first_tile * TILE_O / BLOCK + piece - blocks, last) * g.out_height * g.out_width * BLOCK;
 }
 
 // Gradient of the weights between group_tiles output tiles and group_blocks input blocks, summed over the lines of a segment,
@@ -171,9 +184,9 @@ __kernel SINGLE void conv_weight(
     __global const act *restrict x, __global const act *restrict dy, __global float *restrict dw,
     __global const int *restrict taps, __constant Geometry *restrict geometry,
     __local float *restrict patch,
-    __local float *restrict grad,   // [output tile][pixel][TILE_O] of dy
+    __local float *restrict grad,   // [pixel][TILE_O] of dy, of one output tile
     __local float *restrict sums,   // [output tile][entry][TILE_O]
-    __local int *restrict table,    // [pixels] offset in the patch
+    __local int *restrict table,    // [these lines, the next][pixels][3], see conv_list
     __local int *restrict entry)    // [entries = input block, tap, c] offset in the patch
 {
     const Geometry g = *geometry;
@@ -190,16 +203,21 @@ __kernel SINGLE void conv_weight(
     for (int e = entries; e < padded; e++) entry[e] = 0;
     for (int i = 0; i < tiles * padded * TILE_O; i += VEC) STOREL((vec)(0), sums + i);
 
-    const int end = conv_segment(g, segment + 1);
-    for (int line = conv_segment(g, segment); line < end; line += g.group_lines) {
-        const int lines = min(g.group_lines, end - line), pixels = conv_list(table, 1, line, lines, 0, 0, g);
+    const int start = conv_segment(g, segment), end = conv_segment(g, segment + 1);
+    int listed = conv_list(table, 3, start, min(g.group_lines, end - start), 0, 0, g);
+    for (int line = start, turn = 0; line < end; line += g.group_lines, turn ^= 1) {
+        const int lines = min(g.group_lines, end - line), after = min(g.group_lines, end - line - lines), pixels = listed;
+        __local int *now = table + turn * 3 * g.group_lines * g.grid_width;
+        __local int *next = after ? table + (turn ^ 1) * 3 * g.group_lines * g.grid_width : now;
+        if (after) listed = conv_list(next, 3, line + lines, after, 0, 0, g);
         conv_load_patch(x, patch, line, lines, block, blocks, g);
-        for (int tile = 0; tile < tiles; tile++)
-            conv_load_grad(dy, grad + tile * pixels * TILE_O, line, lines, first_tile + tile, g);
-        for (int tile = 0; tile < tiles; tile++)
-            for (int e = 0; e < padded; e += TILE_E)
-                conv_accumulate(sums + (tile * padded + e) * TILE_O, patch, entry + e, grad + tile * pixels * TILE_O, table,
-                                pixels);
+        for (int tile = 0, piece = 0; tile < tiles; tile++) {
+            conv_load_grad(dy, grad, line, lines, first_tile + tile, g);
+            for (int e = 0; e < padded; e += TILE_E, piece++)
+                conv_accumulate(sums + (tile * padded + e) * TILE_O, patch, entry + e, grad, now, pixels,
+                                conv_ahead(x, dy, piece, block, blocks, first_tile, tiles, g),
+                                next + (piece < blocks ? AT_X : AT_Y));
+        }
     }
     const long all_tiles = (g.out_blocks * BLOCK + TILE_O - 1) / TILE_O;
     for (int tile = 0; tile < tiles; tile++)

@@ -92,19 +92,24 @@ void conv_load_patch(__global const act *restrict x, __local float *restrict pat
 }
 
 // Lists the cells of `lines` lines whose pixel at (out_row, out_col) is inside the image, `step` integers for each: the offset
-// of the cell in the patch and, with step 2, that of the pixel in y. Returns their number.
+// of the cell in the patch, that of the pixel in y and, with step 3, that of the cell in x. Returns their number.
+#define AT_PATCH 0
+#define AT_Y 1
+#define AT_X 2
 int conv_list(__local int *restrict table, const int step, const int line, const int lines, const int out_row,
               const int out_col, const Geometry g)
 {
     const int row_skip = g.in_step / g.row_step, col_skip = g.in_step / g.col_step;
+    const int in_plane = g.in_height * g.in_width * BLOCK;
     const int out_plane = g.out_height * g.out_width * BLOCK;
     int listed = 0;
     for (int l = line, row = 0; l < line + lines; l++) {
         const int n = l / g.grid_height, a = l % g.grid_height, oh = a * g.out_step + out_row;
         for (int b = 0, ow = out_col; b < g.grid_width && ow < g.out_width && oh < g.out_height; b++, ow += g.out_step) {
-            table[step * listed] = (row * g.patch_width + b * col_skip) * CU;
-            if (step > 1) table[step * listed + 1] = n * g.out_blocks * out_plane + (oh * g.out_width + ow) * BLOCK;
-            listed++;
+            __local int *entry = table + step * listed++;
+            entry[AT_PATCH] = (row * g.patch_width + b * col_skip) * CU;
+            entry[AT_Y] = n * g.out_blocks * out_plane + (oh * g.out_width + ow) * BLOCK;
+            if (step > AT_X) entry[AT_X] = n * g.in_blocks * in_plane + (a * g.in_width + b) * g.in_step * BLOCK;
         }
         row += a + 1 < g.grid_height ? row_skip : g.patch_span;
     }
