@@ -1,12 +1,16 @@
-// convolution.cl - what the kernels of conv.cl build on: geometry, the patch of the input that a work-group converts to fp32 in
-// local memory, and how it writes a gradient of weights. The build puts this text in front of that source.
+// convolution.cl - what the kernels of conv.cl build on: geometry, the patch of the input and the output tile of dy that a
+// work-group converts to fp32 in local memory, and how it writes a gradient of weights. The build puts this text in front of that
+// source.
 //
-// CU, GROUP and TERMS are explained in conv.cl
+// CU, GROUP, TERMS and DIRECT are explained in conv.cl
 #ifndef CU
 #define CU 16
 #endif
 #ifndef GROUP
 #define GROUP 0
+#endif
+#ifndef DIRECT
+#define DIRECT 0
 #endif
 #ifndef TERMS
 #define TERMS (GROUP ? GROUP : CU)
@@ -89,6 +93,24 @@ void conv_load_patch(__global const act *restrict x, __local float *restrict pat
         row += rows;
         done += here;
     }
+}
+
+// Copies `pixels` pixels of an output tile of dy from line `line` on to fp32 [pixel][TILE_O].
+void conv_load_grad(__global const act *restrict dy, __local float *restrict grad, const int line, const int lines,
+                    const int tile, const Geometry g)
+{
+    for (int l = line; l < line + lines; l++)
+        UNROLL for (int v = 0; v < TILE_V; v++) {
+            const int o = tile * TILE_O + v * VEC, used = o < g.out_blocks * BLOCK;
+            __global const act *source =
+                dy + (((long)(l / g.grid_height) * g.out_blocks + (used ? o / BLOCK : 0)) * g.grid_height + l % g.grid_height)
+                         * g.grid_width * BLOCK + o % BLOCK;
+            __local float *target = grad + (l - line) * g.grid_width * TILE_O + v * VEC;
+            if (used)
+                for (int b = 0; b < g.grid_width; b++) STOREL(LOAD(source + b * BLOCK), target + b * TILE_O);
+            else
+                for (int b = 0; b < g.grid_width; b++) STOREL((vec)(0), target + b * TILE_O);
+        }
 }
 
 // Lists the cells of `lines` lines whose pixel at (out_row, out_col) is inside the image, `step` integers for each: the offset

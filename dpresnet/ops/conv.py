@@ -153,7 +153,7 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
     geometry = geometry_of(conv, transposed=False)
     partial = Tensor(f"{name}.partial", conv.partial_shape(), np.dtype(np.float32))
     segments, tiles, blocks, entries, channels = partial.shape
-    defines = conv.defines("conv", False) | {"TILE_E": conv.tile_rows("conv_weight")}
+    defines = conv.defines("conv", False) | {"TILE_E": conv.tile_rows("conv_weight")} | ({"DIRECT": 1} if conv.direct else {})
     if conv.vector == 1:
         _, taps = tables(conv, geometry)
         args = [x, dy, partial, taps, geometry.constant()]
