@@ -139,8 +139,8 @@ __kernel SINGLE void conv_gather(
 
 // Adds the products of TILE_E entries of the patch with an output tile of dy, over the pixels, to TILE_E rows of sums.
 // With DIRECT, `patch` is the first of the input blocks in x and `grad` the first block of the tile in dy; `plane` floats after
-// that lies the second. Meanwhile a block of x or dy of the lines that come next is fetched, at the places (AT_X or AT_Y) in the
-// table `next`: spread over the multiplications, as memory would be too slow for all of it at once.
+// that lies the second. Meanwhile a block of x or dy of the lines that come next is fetched, at the places (AT_X or AT_Y)
+// in the table `next`: spread over the multiplications, as memory would be too slow for all of it at once.
 INLINE void conv_accumulate(__local float *sums, SOURCE *patch, __local const int *entry, SOURCE *grad, const int plane,
                             __local const int *table, const int pixels, __global const act *ahead, __local const int *next)
 {

@@ -1,6 +1,6 @@
 // convolution.cl - what the kernels of conv.cl build on: geometry, the patch of the input and the output tile of dy that a
-// work-group converts to fp32 in local memory, and how it writes a gradient of weights. The build puts this text in front of that
-// source.
+// work-group converts to fp32 in local memory, and how it writes a gradient of weights. The build puts this text in front of
+// that source.
 //
 // CU, GROUP, TERMS and DIRECT are explained in conv.cl
 #ifndef CU
