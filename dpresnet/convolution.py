@@ -167,6 +167,12 @@ class Conv:
         small = self.groups > 1 and channels < BLOCK and BLOCK % channels == 0 and self.vector > 1
         return channels if small and self.in_channels == self.out_channels else 0
 
+    @property
+    def direct(self) -> bool:
+        """Whether the gradient of the weights reads x and dy where they lie: see DIRECT in kernels/conv.cl."""
+        copies = self.kernel == 1 and self.stride == 1 and self.padding == 0 and self.precision == "fp32"
+        return copies and self.vector > 1 and self.small_group == 0 and self.lanes(False) == BLOCK
+
     def key(self, kernel: str, transposed: bool) -> str:
         """Names a launch in a file of tuned sizes; begins with the kernel."""
         purpose = "weight" if kernel.endswith("weight") else "data" if transposed else "forward"
@@ -350,12 +356,13 @@ def gather_floats(conv: Conv, geometry: Geometry) -> list[int]:
 
 
 def weight_floats(conv: Conv, geometry: Geometry) -> list[int]:
-    """Patch, gradient, sums, table of pixels and table of entries of conv_weight, in units of 4 bytes."""
+    """Patch and gradient (neither with `Conv.direct`), sums, tables of pixels and entries of conv_weight, in 4 bytes."""
     edge = conv.tile_rows("conv_weight")
     padded = -(-geometry.group_blocks * geometry.taps * conv.terms(False) // edge) * edge
     pixels = geometry.group_lines * geometry.grid_width
-    channels = geometry.group_tiles * geometry.tile_channels
-    return [patch_floats(conv, geometry), pixels * channels, padded * channels, pixels, padded]
+    sums = padded * geometry.group_tiles * geometry.tile_channels
+    copies = [] if conv.direct else [patch_floats(conv, geometry), pixels * geometry.tile_channels]
+    return [*copies, sums, 2 * 3 * pixels, padded]
 
 
 def least_local_bytes(conv: Conv) -> int:

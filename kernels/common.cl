@@ -104,8 +104,10 @@ vec ROUND_HALF(const vec v)
 // Asks for a cache line that is used soon. An interpreter (oclgrind, which compiles to SPIR) has no such instruction.
 #if defined(__clang__) && !defined(__SPIR__)
 #define PREFETCH(p) __builtin_prefetch(p)
+#define PREFETCH_LATER(p) __builtin_prefetch((p), 0, 2)  // into the second-level cache: it is used some 10 us later
 #else
 #define PREFETCH(p)
+#define PREFETCH_LATER(p)
 #endif
 
 #if HALF

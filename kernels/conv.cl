@@ -22,6 +22,8 @@
 // GROUP   0, or 1, 2, 4, 8: convolution groups of that many channels in and out. A tile is one block then (TILE_O = 16) and
 //         reads that block only; its lane l sums over the GROUP channels l / GROUP * GROUP + c, nothing else is multiplied.
 // TERMS   channels of an input block that an output lane sums over: GROUP, or CU, or 2 or 3 of the 4 of CU
+// DIRECT  1: conv_weight reads x and dy where they lie, because their copies in local memory would be the same: fp32 and 1x1
+//         weights, with stride 1 and without padding
 //
 // Packed weights: [output tile][input block][tap][TERMS][TILE_O].
 
@@ -122,45 +124,54 @@ __kernel SINGLE void conv_gather(
     }
 }
 
-// Copies `pixels` pixels of an output tile of dy from line `line` on to fp32 [pixel][TILE_O].
-void conv_load_grad(__global const act *restrict dy, __local float *restrict grad, const int line, const int lines,
-                    const int tile, const Geometry g)
-{
-    for (int l = line; l < line + lines; l++)
-        UNROLL for (int v = 0; v < TILE_V; v++) {
-            const int o = tile * TILE_O + v * VEC, used = o < g.out_blocks * BLOCK;
-            __global const act *source =
-                dy + (((long)(l / g.grid_height) * g.out_blocks + (used ? o / BLOCK : 0)) * g.grid_height + l % g.grid_height)
-                         * g.grid_width * BLOCK + o % BLOCK;
-            __local float *target = grad + (l - line) * g.grid_width * TILE_O + v * VEC;
-            if (used)
-                for (int b = 0; b < g.grid_width; b++) STOREL(LOAD(source + b * BLOCK), target + b * TILE_O);
-            else
-                for (int b = 0; b < g.grid_width; b++) STOREL((vec)(0), target + b * TILE_O);
-        }
-}
-
 // The term is part of an entry's address, unless a term is a permutation of lanes: then TILE_E is a multiple of GROUP.
 #define ENTRY_TERMS (GROUP && GROUP % VEC ? GROUP : 1)
 
+#if DIRECT
+#define SOURCE __global const float
+#define SOURCE_VEC __global const vec
+#define SOURCE_VALUE(xs, c, v) ((vec)((xs)[c]))
+#else
+#define SOURCE __local const float
+#define SOURCE_VEC __local const vec
+#define SOURCE_VALUE(xs, c, v) conv_value(xs, c, v)
+#endif
+
 // Adds the products of TILE_E entries of the patch with an output tile of dy, over the pixels, to TILE_E rows of sums.
-INLINE void conv_accumulate(__local float *sums, __local const float *patch, __local const int *entry,
-                     __local const float *grad, __local const int *table, const int pixels)
+// With DIRECT, `patch` is the first of the input blocks in x and `grad` the first block of the tile in dy; `plane` floats after
+// that lies the second. Meanwhile a block of x or dy of the lines that come next is fetched, at the places (AT_X or AT_Y)
+// in the table `next`: spread over the multiplications, as memory would be too slow for all of it at once.
+INLINE void conv_accumulate(__local float *sums, SOURCE *patch, __local const int *entry, SOURCE *grad, const int plane,
+                            __local const int *table, const int pixels, __global const act *ahead, __local const int *next)
 {
-    __local const float *xs[TILE_E];
+    SOURCE *xs[TILE_E];
     vec sum[TILE_E][TILE_V];
     UNROLL for (int j = 0; j < TILE_E; j++) xs[j] = patch + entry[j];
     UNROLL for (int j = 0; j < TILE_E; j++)
         UNROLL for (int v = 0; v < TILE_V; v++) sum[j][v] = LOADL(sums + j * TILE_O + v * VEC);
     for (int p = 0; p < pixels; p++) {
-        const int offset = table[p];
+        const int offset = table[3 * p + (DIRECT ? AT_X : AT_PATCH)];
+        SOURCE *grads = grad + (DIRECT ? table[3 * p + AT_Y] : p * TILE_O);
+        PREFETCH_LATER(ahead + next[3 * p]);
         vec dys[TILE_V];
-        UNROLL for (int v = 0; v < TILE_V; v++) dys[v] = LOADL(grad + p * TILE_O + v * VEC);
+        UNROLL for (int v = 0; v < TILE_V; v++)
+            dys[v] = *(SOURCE_VEC *)(grads + (DIRECT ? v * VEC / BLOCK * plane + v * VEC % BLOCK : v * VEC));
         UNROLL for (int j = 0; j < TILE_E; j++)
-            UNROLL for (int v = 0; v < TILE_V; v++) sum[j][v] += conv_value(xs[j] + offset, j % ENTRY_TERMS, v) * dys[v];
+            UNROLL for (int v = 0; v < TILE_V; v++)
+                sum[j][v] += SOURCE_VALUE(xs[j] + offset, j % ENTRY_TERMS, v) * dys[v];
     }
     UNROLL for (int j = 0; j < TILE_E; j++)
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[j][v], sums + j * TILE_O + v * VEC);
+}
+
+// The block of x, and after those the block of dy, that a work-group fetches as its `piece`-th; at last only the last one.
+INLINE __global const act *conv_ahead(__global const act *x, __global const act *dy, const int piece, const int block,
+                                      const int blocks, const int first_tile, const int tiles, const Geometry g)
+{
+    const int last = min((first_tile + tiles) * TILE_O - 1, g.out_blocks * BLOCK - 1) / BLOCK;
+    const int out = min(first_tile * TILE_O / BLOCK + piece - blocks, last);
+    return piece < blocks ? x + (long)(block + piece) * g.in_height * g.in_width * BLOCK
+                          : dy + (long)out * g.out_height * g.out_width * BLOCK;
 }
 
 // Gradient of the weights between group_tiles output tiles and group_blocks input blocks, summed over the lines of a segment,
@@ -170,10 +181,12 @@ INLINE void conv_accumulate(__local float *sums, __local const float *patch, __l
 __kernel SINGLE void conv_weight(
     __global const act *restrict x, __global const act *restrict dy, __global float *restrict dw,
     __global const int *restrict taps, __constant Geometry *restrict geometry,
+#if !DIRECT
     __local float *restrict patch,
-    __local float *restrict grad,   // [output tile][pixel][TILE_O] of dy
+    __local float *restrict grad,   // [pixel][TILE_O] of dy, of one output tile
+#endif
     __local float *restrict sums,   // [output tile][entry][TILE_O]
-    __local int *restrict table,    // [pixels] offset in the patch
+    __local int *restrict table,    // [these lines, the next][pixels][3], see conv_list
     __local int *restrict entry)    // [entries = input block, tap, c] offset in the patch
 {
     const Geometry g = *geometry;
@@ -182,24 +195,41 @@ __kernel SINGLE void conv_weight(
     const int first_block = get_global_id(2) * g.group_blocks;  // of those that the tile reads
     const int blocks = min(g.group_blocks, g.tile_blocks - first_block);
     const int block = conv_first_block(g, first_tile * TILE_O) + first_block;
+    const int in_plane = g.in_height * g.in_width * BLOCK, out_plane = g.out_height * g.out_width * BLOCK;
     const int rows = g.taps * TERMS, entries = blocks * rows, padded = (entries + TILE_E - 1) / TILE_E * TILE_E;
 
     for (int i = 0; i < blocks; i++)
         for (int e = 0; e < rows; e++)
-            entry[i * rows + e] = i * g.patch_rows * g.patch_width * CU + taps[2 * (e / TERMS)] + e % TERMS / ENTRY_TERMS;
+            entry[i * rows + e] = i * (DIRECT ? in_plane : g.patch_rows * g.patch_width * CU) + taps[2 * (e / TERMS)]
+                                  + e % TERMS / ENTRY_TERMS;
     for (int e = entries; e < padded; e++) entry[e] = 0;
     for (int i = 0; i < tiles * padded * TILE_O; i += VEC) STOREL((vec)(0), sums + i);
 
-    const int end = conv_segment(g, segment + 1);
-    for (int line = conv_segment(g, segment); line < end; line += g.group_lines) {
-        const int lines = min(g.group_lines, end - line), pixels = conv_list(table, 1, line, lines, 0, 0, g);
+    const int start = conv_segment(g, segment), end = conv_segment(g, segment + 1);
+    int listed = conv_list(table, 3, start, min(g.group_lines, end - start), 0, 0, g);
+    for (int line = start, turn = 0; line < end; line += g.group_lines, turn ^= 1) {
+        const int lines = min(g.group_lines, end - line), after = min(g.group_lines, end - line - lines), pixels = listed;
+        __local int *now = table + turn * 3 * g.group_lines * g.grid_width;
+        __local int *next = after ? table + (turn ^ 1) * 3 * g.group_lines * g.grid_width : now;
+        if (after) listed = conv_list(next, 3, line + lines, after, 0, 0, g);
+#if DIRECT
+        SOURCE *patch = x + (long)block * in_plane;
+#else
         conv_load_patch(x, patch, line, lines, block, blocks, g);
-        for (int tile = 0; tile < tiles; tile++)
-            conv_load_grad(dy, grad + tile * pixels * TILE_O, line, lines, first_tile + tile, g);
-        for (int tile = 0; tile < tiles; tile++)
-            for (int e = 0; e < padded; e += TILE_E)
-                conv_accumulate(sums + (tile * padded + e) * TILE_O, patch, entry + e, grad + tile * pixels * TILE_O, table,
-                                pixels);
+#endif
+        for (int tile = 0, piece = 0; tile < tiles; tile++) {
+            const int out = (first_tile + tile) * TILE_O / BLOCK;
+#if DIRECT
+            SOURCE *grad = dy + (long)out * out_plane + (first_tile + tile) * TILE_O % BLOCK;
+#else
+            conv_load_grad(dy, grad, line, lines, first_tile + tile, g);
+#endif
+            for (int e = 0; e < padded; e += TILE_E, piece++)
+                conv_accumulate(sums + (tile * padded + e) * TILE_O, patch, entry + e, grad,
+                                out + 1 < g.out_blocks ? out_plane : 0, now, pixels,
+                                conv_ahead(x, dy, piece, block, blocks, first_tile, tiles, g),
+                                next + (piece < blocks ? AT_X : AT_Y));
+        }
     }
     const long all_tiles = (g.out_blocks * BLOCK + TILE_O - 1) / TILE_O;
     for (int tile = 0; tile < tiles; tile++)

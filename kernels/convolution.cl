@@ -1,12 +1,16 @@
-// convolution.cl - what the kernels of conv.cl build on: geometry, the patch of the input that a work-group converts to fp32 in
-// local memory, and how it writes a gradient of weights. The build puts this text in front of that source.
+// convolution.cl - what the kernels of conv.cl build on: geometry, the patch of the input and the output tile of dy that a
+// work-group converts to fp32 in local memory, and how it writes a gradient of weights. The build puts this text in front of
+// that source.
 //
-// CU, GROUP and TERMS are explained in conv.cl
+// CU, GROUP, TERMS and DIRECT are explained in conv.cl
 #ifndef CU
 #define CU 16
 #endif
 #ifndef GROUP
 #define GROUP 0
+#endif
+#ifndef DIRECT
+#define DIRECT 0
 #endif
 #ifndef TERMS
 #define TERMS (GROUP ? GROUP : CU)
@@ -91,20 +95,43 @@ void conv_load_patch(__global const act *restrict x, __local float *restrict pat
     }
 }
 
+// Copies `pixels` pixels of an output tile of dy from line `line` on to fp32 [pixel][TILE_O].
+void conv_load_grad(__global const act *restrict dy, __local float *restrict grad, const int line, const int lines,
+                    const int tile, const Geometry g)
+{
+    for (int l = line; l < line + lines; l++)
+        UNROLL for (int v = 0; v < TILE_V; v++) {
+            const int o = tile * TILE_O + v * VEC, used = o < g.out_blocks * BLOCK;
+            __global const act *source =
+                dy + (((long)(l / g.grid_height) * g.out_blocks + (used ? o / BLOCK : 0)) * g.grid_height + l % g.grid_height)
+                         * g.grid_width * BLOCK + o % BLOCK;
+            __local float *target = grad + (l - line) * g.grid_width * TILE_O + v * VEC;
+            if (used)
+                for (int b = 0; b < g.grid_width; b++) STOREL(LOAD(source + b * BLOCK), target + b * TILE_O);
+            else
+                for (int b = 0; b < g.grid_width; b++) STOREL((vec)(0), target + b * TILE_O);
+        }
+}
+
 // Lists the cells of `lines` lines whose pixel at (out_row, out_col) is inside the image, `step` integers for each: the offset
-// of the cell in the patch and, with step 2, that of the pixel in y. Returns their number.
+// of the cell in the patch, that of the pixel in y and, with step 3, that of the cell in x. Returns their number.
+#define AT_PATCH 0
+#define AT_Y 1
+#define AT_X 2
 int conv_list(__local int *restrict table, const int step, const int line, const int lines, const int out_row,
               const int out_col, const Geometry g)
 {
     const int row_skip = g.in_step / g.row_step, col_skip = g.in_step / g.col_step;
+    const int in_plane = g.in_height * g.in_width * BLOCK;
     const int out_plane = g.out_height * g.out_width * BLOCK;
     int listed = 0;
     for (int l = line, row = 0; l < line + lines; l++) {
         const int n = l / g.grid_height, a = l % g.grid_height, oh = a * g.out_step + out_row;
         for (int b = 0, ow = out_col; b < g.grid_width && ow < g.out_width && oh < g.out_height; b++, ow += g.out_step) {
-            table[step * listed] = (row * g.patch_width + b * col_skip) * CU;
-            if (step > 1) table[step * listed + 1] = n * g.out_blocks * out_plane + (oh * g.out_width + ow) * BLOCK;
-            listed++;
+            __local int *entry = table + step * listed++;
+            entry[AT_PATCH] = (row * g.patch_width + b * col_skip) * CU;
+            entry[AT_Y] = n * g.out_blocks * out_plane + (oh * g.out_width + ow) * BLOCK;
+            if (step > AT_X) entry[AT_X] = n * g.in_blocks * in_plane + (a * g.in_width + b) * g.in_step * BLOCK;
         }
         row += a + 1 < g.grid_height ? row_skip : g.patch_span;
     }

@@ -128,7 +128,9 @@ def weight_groups(conv: Conv) -> Geometry:
         larger = [size * 2 if i == axis else size for i, size in enumerate(panel)]
         if conv.groups == 1 and conv.segments * -(-tiles // larger[0]) * -(-blocks // larger[1]) >= sizes.groups * conv.units:
             panel = larger
-    lines = max(1, min(-(-geometry.lines // conv.segments), sizes.pixels // geometry.grid_width))
+    most = -(-geometry.lines // conv.segments)
+    lines = max(1, min(most, sizes.pixels // geometry.grid_width))
+    lines = -(-most // -(-most // lines))  # no small rest
     chosen = geometry.divided(lines, min(panel[1], blocks), min(panel[0], tiles))
     while 4 * sum(weight_floats(conv, chosen)) > conv.local_bytes:
         lines, blocks, tiles = chosen.group_lines, chosen.group_blocks, chosen.group_tiles
@@ -151,7 +153,7 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
     geometry = geometry_of(conv, transposed=False)
     partial = Tensor(f"{name}.partial", conv.partial_shape(), np.dtype(np.float32))
     segments, tiles, blocks, entries, channels = partial.shape
-    defines = conv.defines("conv", False) | {"TILE_E": conv.tile_rows("conv_weight")}
+    defines = conv.defines("conv", False) | {"TILE_E": conv.tile_rows("conv_weight")} | ({"DIRECT": 1} if conv.direct else {})
     if conv.vector == 1:
         _, taps = tables(conv, geometry)
         args = [x, dy, partial, taps, geometry.constant()]

@@ -233,6 +233,27 @@ def test_work_group_sizes_change_no_bit(monkeypatch, shape, path, gather, weight
     assert mode.device.vector == 1 or conv.tile_rows("conv_gather") == gather.rows
 
 
+@pytest.mark.parametrize("sizes", [DirectWeight(4, 1, 32, 32), DirectWeight(8, 100, 128, 1)], ids=str)
+@pytest.mark.parametrize("path", ["vector", "narrow"])
+@pytest.mark.parametrize("shape", [TILING[0], Shape(33, 16, 16, 3, 5, 1), Shape(2, 96, 48, 8, 8, 1, groups=3)], ids=str)
+def test_weight_gradients_of_copies_in_place_have_the_same_bits(monkeypatch, shape, path, sizes):
+    """Where a patch would be a copy of fp32 images, conv_weight reads these; otherwise, or if made to, a patch."""
+    mode, results = Mode("fp32", path), []
+    for direct, device in ((False, None), (True, None), (True, tuned_device(mode, {"conv_weight": sizes}))):
+        with monkeypatch.context() as patched:
+            if not direct:
+                patched.setattr(ops.Conv, "direct", False)
+            bench = Bench(mode, device)
+            dw = backward_weight(bench, shape, bench.draw(*shape.y), bench.draw(*shape.x))
+        results.append(bench.read(dw))
+        assert bench.plan.device.vector == 1 or ("DIRECT" in dict(launches_of(bench, "weight")[0].defines)) == direct
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[1], results[2])
+    for other in (replace(shape, stride=2), replace(shape, padding=1), replace(shape, kernel=3)):
+        assert not conv_of(Bench(mode), other).direct
+    assert not conv_of(Bench(Mode("fp16", path)), shape).direct
+
+
 @pytest.mark.parametrize("shape", TILING[:-1], ids=str)
 @pytest.mark.parametrize("facts", [{"local_bytes": 2**15}, {"compute_units": 1}, {"compute_units": 64}], ids=str)
 def test_local_memory_and_compute_units_change_no_bit(shape, facts):
