@@ -116,21 +116,44 @@ def test_logits_and_loss(problem):
     assert loss == pytest.approx(reference.loss_forward(expected, labels).mean(), rel=allowed)
 
 
-def test_gradients_are_slopes_of_the_loss(problem):
-    """One direction of random signs per parameter: whatever is wrong with its gradient shows with its own size.
+def wrong_slopes(net, logits_of, images, labels):
+    """Gradients that are no slope of the exact loss, with their error.
 
-    Ten layers forward and ten backward.
+    One direction of random signs per parameter: whatever is wrong with its gradient shows with its own size. Ten layers
+    forward and ten backward.
     """
-    net, arch, options, images, labels = problem
     state = {name: value.astype(np.float64) for name, value in net.state_dict().items()}
     _, gradients = net.loss_and_grads(images, labels)
     rng, wrong = np.random.default_rng(1), {}
     for name, gradient in gradients.items():
         signs = rng.choice([-1.0, 1.0], gradient.shape)
-        sides = [exact_logits(arch, options, state | {name: state[name] + step * signs}, images, True)
-                 for step in (STEP, -STEP)]  # fmt: skip
+        sides = [logits_of(state | {name: state[name] + step * signs}) for step in (STEP, -STEP)]
         up, down = (reference.loss_forward(logits, labels).mean() for logits in sides)
         error = abs((up - down) / (2 * STEP) - (gradient * signs).sum()) / np.linalg.norm(gradient)
         if not error <= 20 * LAYER:
             wrong[name] = error
-    assert not wrong
+    return wrong
+
+
+def test_gradients_are_slopes_of_the_loss(problem):
+    net, arch, options, images, labels = problem
+    assert not wrong_slopes(net, lambda state: exact_logits(arch, options, state, images, True), images, labels)
+
+
+def two_branches(net, x, arch, options):
+    """Sums of stored activations: both get the same gradient, and one overwrites what it gets."""
+    left = net.relu(net.norm("bn1", net.conv("conv1", x, 16, 3)))
+    right = net.conv("conv2", x, 16, 3)
+    return net.linear("fc", net.average_pool(net.conv("conv3", net.add(left, right), 16, 3)), options.num_classes)
+
+
+def test_gradients_of_a_sum_of_stored_activations(monkeypatch):
+    monkeypatch.setattr("dpresnet.model.resnet", two_branches)
+    net = Network("resnet20", image=(3, 9, 9), batch=3, precision="fp32", num_classes=5)
+    rng = np.random.default_rng(0)
+    images, labels = rng.standard_normal((3, 3, 9, 9)).astype(np.float32), np.array([0, 3, 4])
+
+    def exact(state):
+        return two_branches(Exact(state), Image(images.astype(np.float64)), "", Options(num_classes=5))
+
+    assert not wrong_slopes(net, exact, images, labels)

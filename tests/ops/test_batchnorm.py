@@ -11,6 +11,7 @@ from harness import EPS32, Bench, each_mode, tolerance
 from dpresnet import reference
 from dpresnet.device import BLOCK
 from dpresnet.ops import batchnorm as ops
+from dpresnet.ops import residual
 from dpresnet.plan import Tensor, blocks_of
 
 SHAPES = [
@@ -174,6 +175,29 @@ def test_backward_reduce(mode, shape, relu, residual, count):
         np.testing.assert_array_equal(bench.read(total), np.stack([bench.read(dbias), bench.read(dweight)]))
     if residual:
         bench.assert_exact(given[1], masked)
+
+
+@each_mode
+@each_shape
+@each_number_of_terms
+def test_results_may_take_the_place_of_a_term(mode, shape, count):
+    """Same bits as in memory of their own: g in that of the last term, and then dx in that of g."""
+
+    def g_and_dx(in_place: bool) -> list[np.ndarray]:
+        bench = Bench(mode)
+        branch, z, mean = Branch.draw(bench, shape), bench.image(bench.draw(*shape)), bench.rows(bench.draw(2, shape[1]))
+        terms = [bench.image(bench.draw(*shape)) for _ in range(count)]
+        affine, partial = branch.on(bench), bench.out_rows(shape[0], 2, shape[1])
+        g, dx = (terms[-1], terms[-1]) if in_place else (bench.out_image(shape), bench.out_image(shape))
+        ops.backward_reduce(bench.plan, "bn", terms, [affine], True, [partial], z, g)
+        kept = bench.out_image(shape)
+        residual.add(bench.plan, "kept", g, bench.image(np.zeros(shape)), kept)
+        ops.backward(bench.plan, "bn", [g], [affine], False, [mean], bench.control(valid=shape[0]), [dx])
+        bench.run()
+        return [bench.read(tensor) for tensor in (partial, kept, dx)]
+
+    for apart, here in zip(g_and_dx(False), g_and_dx(True), strict=True):
+        np.testing.assert_array_equal(here, apart)
 
 
 @each_mode
