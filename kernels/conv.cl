@@ -338,34 +338,20 @@ __kernel void conv_weight_reduce(
 #endif
 
 // Copies the weights into the order conv_gather reads.
-// Work-item = (part of the input blocks of a tile, output tile); without vectors = (tap and channel, input block, output tile).
+// Work-item = (part of the input blocks of a tile, part of the output tiles); without vectors = (tap and channel, input block,
+// output tile).
 #if VEC > 1
 __kernel SINGLE void conv_pack(__global const float *restrict master, __global float *restrict packed,
                                __constant Geometry *restrict geometry)
 {
     const Geometry g = *geometry;
-    const int tile = get_global_id(1), o = tile * TILE_O, first = conv_first_block(g, o), rows = g.taps * TERMS;
-    const int parts = get_global_size(0), part = get_global_id(0), last = g.tile_blocks * (part + 1) / parts;
-    for (int b = g.tile_blocks * part / parts; b < last; b++) {
-        const int i = (first + b) * BLOCK, group = i / g.in_group, group_in = i - group * g.in_group;
-        const int group_out = o - group * g.out_group;  // where block and tile begin in their group
-        __global float *out = packed + ((long)tile * g.tile_blocks + b) * rows * TILE_O;
-#if GROUP == 0 && TERMS == BLOCK
-        if (i < g.in_channels && group_in + BLOCK <= g.in_group && group_out >= 0 && group_out + TILE_O <= g.out_group) {
-            if (g.transposed)
-                conv_pack_rows(master + ((long)i * g.out_group + group_out) * g.taps, out, g.taps, (long)g.out_group * g.taps);
-            else
-                conv_pack_columns(master + ((long)o * g.in_group + group_in) * g.taps, out, g.taps, (long)g.in_group * g.taps);
-            continue;
-        }
-#endif
-        for (int c = 0; c < TERMS; c++)
-            for (int t = 0; t < g.taps; t++) {
-                float row[TILE_O] __attribute__((aligned(64)));
-                for (int l = 0; l < TILE_O; l++) row[l] = conv_pack_value(master, o + l, i + c, c, t, g);
-                conv_pack_store(row, out + (t * TERMS + c) * TILE_O);
-            }
-    }
+    const int tiles = (g.out_blocks * BLOCK + TILE_O - 1) / TILE_O, last = tiles * (get_global_id(1) + 1) / get_global_size(1);
+    const int first_block = g.tile_blocks * get_global_id(0) / get_global_size(0);
+    const int last_block = g.tile_blocks * (get_global_id(0) + 1) / get_global_size(0);
+    for (int tile = tiles * get_global_id(1) / get_global_size(1); tile < last; tile++)
+        for (int b = first_block; b < last_block; b++)
+            conv_pack_tile(master, packed + ((long)tile * g.tile_blocks + b) * g.taps * TERMS * TILE_O, tile * TILE_O,
+                           (conv_first_block(g, tile * TILE_O) + b) * BLOCK, g);
 }
 #else
 __kernel void conv_pack(__global const float *restrict master, __global float *restrict packed,

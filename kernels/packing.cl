@@ -10,6 +10,7 @@
 //
 // This moves memory and computes nothing. So each cache line is read in one go and written in one go, past the caches: the
 // copies of a large network are larger than these, and without reading a line before it is written a third less is moved.
+// A work-item goes along the rows of the master, so that it reads neighbouring lines and pages one after the other.
 
 // One packed weight; c is the term of input channel i.
 float conv_pack_value(__global const float *restrict master, const int o, const int i, const int c, const int t,
@@ -27,54 +28,72 @@ float conv_pack_value(__global const float *restrict master, const int o, const 
 }
 
 #if VEC > 1
-// Stores TILE_O weights, a cache line or two, rounded to fp16 when activations are.
-void conv_pack_store(const float *restrict row, __global float *restrict out)
+// Stores a vector of weights, rounded to fp16 when activations are.
+void conv_pack_store(const vec value, __global float *restrict out)
 {
-    UNROLL for (int v = 0; v < TILE_O; v += VEC) {
-        vec value = *(const vec *)(row + v);
 #if HALF
-        value = ROUND_HALF(value);
+    STREAMF(ROUND_HALF(value), out);
+#else
+    STREAMF(value, out);
 #endif
-        STREAMF(value, out + v);
-    }
 }
 
-// A block and a tile that are wholly connected, of master [TILE_O][BLOCK][taps], `step` floats from one output channel to the
-// next: four neighbouring floats of every channel at a time become four rows.
-void conv_pack_columns(__global const float *restrict source, __global float *restrict out, const int taps, const long step)
+// A block, or one channel of it, and a tile that are wholly connected: of source[TILE_O][count], count = channels * taps, with
+// `step` floats from one output channel to the next. Reads whole vectors and drops what is beyond `count`.
+void conv_pack_columns(__global const float *restrict source, __global float *restrict out, const int taps, const int count,
+                       const long step, const long ahead)
 {
-    for (int k = 0, c = 0, t = 0; k < BLOCK * taps; k += 4) {
-        float rows[4][TILE_O] __attribute__((aligned(64)));
-        UNROLL for (int o = 0; o < TILE_O; o += 4) {
-            float4 v[4];
-            UNROLL for (int l = 0; l < 4; l++) {
-                __global const float *s = source + (o + l) * step + k;
-                v[l] = (float4)(s[0], s[1], s[2], s[3]);
-            }
-            *(float4 *)(rows[0] + o) = (float4)(v[0].s0, v[1].s0, v[2].s0, v[3].s0);
-            *(float4 *)(rows[1] + o) = (float4)(v[0].s1, v[1].s1, v[2].s1, v[3].s1);
-            *(float4 *)(rows[2] + o) = (float4)(v[0].s2, v[1].s2, v[2].s2, v[3].s2);
-            *(float4 *)(rows[3] + o) = (float4)(v[0].s3, v[1].s3, v[2].s3, v[3].s3);
-        }
-        UNROLL for (int r = 0; r < 4; r++) {
-            conv_pack_store(rows[r], out + (t * BLOCK + c) * TILE_O);
+    for (int k = 0, c = 0, t = 0; k < count; k += VEC) {
+        int at[VEC];
+        UNROLL for (int r = 0; r < VEC; r++) {
+            at[r] = (t * BLOCK + c) * TILE_O;
             if (++t == taps) t = 0, c++;
         }
+        vec rows[TILE_V][VEC];
+        UNROLL for (int v = 0; v < TILE_V; v++) transpose(rows[v], source + v * VEC * step + k, step, ahead);
+        UNROLL for (int r = 0; r < VEC; r++)
+            UNROLL for (int v = 0; v < TILE_V; v++)
+                if (k + r < count) conv_pack_store(rows[v][r], out + at[r] + v * VEC);
     }
 }
 
-// The same of master [BLOCK][TILE_O][taps], `step` floats from one channel of the block to the next.
-void conv_pack_rows(__global const float *restrict source, __global float *restrict out, const int taps, const long step)
+// The same with one tap of source[BLOCK][TILE_O], `step` floats from one channel of the block to the next.
+void conv_pack_rows(__global const float *restrict source, __global float *restrict out, const long step)
 {
-    for (int c = 0; c < BLOCK; c++, source += step)
-        for (int t = 0; t < taps; t++) {
-            float row[TILE_O] __attribute__((aligned(64)));
-            UNROLL for (int o = 0; o < TILE_O; o += 4) {
-                __global const float *s = source + o * taps + t;
-                if (taps == 1) *(float4 *)(row + o) = (float4)(s[0], s[1], s[2], s[3]);  // one load
-                else *(float4 *)(row + o) = (float4)(s[0], s[taps], s[2 * taps], s[3 * taps]);
-            }
-            conv_pack_store(row, out + (t * BLOCK + c) * TILE_O);
+    for (int c = 0; c < BLOCK; c++)
+        UNROLL for (int o = 0; o < TILE_O; o += VEC)
+            conv_pack_store(*(__global const vec_anywhere *)(source + c * step + o), out + c * TILE_O + o);
+}
+
+// Block i / BLOCK and tile o / TILE_O.
+void conv_pack_tile(__global const float *restrict master, __global float *restrict out, const int o, const int i,
+                    const Geometry g)
+{
+#if GROUP == 0 && TERMS == BLOCK
+    const int group = i / g.in_group, group_in = i - group * g.in_group, group_out = o - group * g.out_group;
+    const int whole = i < g.in_channels && group_in + BLOCK <= g.in_group  // wholly connected
+                   && group_out >= 0 && group_out + TILE_O <= g.out_group;
+    if (whole && !g.transposed) {
+        const long step = g.in_group * g.taps;
+        conv_pack_columns(master + o * step + group_in * g.taps, out, g.taps, BLOCK * g.taps, step, 2 * BLOCK);
+        return;
+    }
+    const long step = g.out_group * g.taps;
+    __global const float *source = master + i * step + group_out * g.taps;
+    if (whole && g.taps == 1) {
+        conv_pack_rows(source, out, step);
+        return;
+    }
+    if (whole && (i + BLOCK < g.in_channels || o + TILE_O + VEC <= g.out_channels)) {  // more follows what is read and dropped
+        for (int c = 0; c < BLOCK; c++) conv_pack_columns(source + c * step, out + c * TILE_O, g.taps, g.taps, g.taps, step);
+        return;
+    }
+#endif
+    for (int c = 0; c < TERMS; c++)
+        for (int t = 0; t < g.taps; t++) {
+            vec row[TILE_V];
+            for (int l = 0; l < TILE_O; l++) ((float *)row)[l] = conv_pack_value(master, o + l, i + c, c, t, g);
+            UNROLL for (int v = 0; v < TILE_V; v++) conv_pack_store(row[v], out + (t * TERMS + c) * TILE_O + v * VEC);
         }
 }
 #endif

@@ -18,3 +18,25 @@
 
 // Sums that are passed to a function must stay in registers. Without `restrict`: oclgrind does not know what LLVM makes of it.
 #define INLINE __attribute__((always_inline))
+
+#if VEC > 1
+typedef vec vec_anywhere __attribute__((aligned(4)));  // need not lie at a multiple of its size
+
+// v[k][lane] = source[lane * step + k]: vectors from rows. Asks for what lies `ahead` floats further on and is read soon: the
+// hardware does not follow so many rows.
+INLINE void transpose(vec v[VEC], __global const float *source, const long step, const long ahead)
+{
+    UNROLL for (int r = 0; r < VEC; r++) {
+        v[r] = *(__global const vec_anywhere *)(source + r * step);
+        PREFETCH(source + r * step + ahead);
+    }
+    UNROLL for (int bit = 1; bit < VEC; bit *= 2) {  // each round moves the highest bit of the index (row, lane) to its end
+        vec w[VEC];
+        UNROLL for (int r = 0; r < VEC; r++) w[r] = v[r];
+        UNROLL for (int r = 0; r < VEC / 2; r++) {
+            v[2 * r].even = w[r].lo, v[2 * r].odd = w[r + VEC / 2].lo;
+            v[2 * r + 1].even = w[r].hi, v[2 * r + 1].odd = w[r + VEC / 2].hi;
+        }
+    }
+}
+#endif

@@ -161,8 +161,8 @@ void winograd_transform_weight_grad(__local const float *restrict m, const int p
         UNROLL for (int k = 0; k < 9; k++) out[l * step + k] = ((const float *)taps)[k * VEC + l];
 }
 
-// U = G w G^T of one vector of output channels, w[tap * row] and out[point * row].
-void winograd_transform_weight(const float *restrict w, float *restrict out, const int row)
+// U = G w G^T of one vector of output channels, w[tap * step] and out[point * row].
+void winograd_transform_weight(const float *restrict w, const int step, float *restrict out, const int row)
 {
 #define TRANSFORM_WEIGHT(w0, w1, w2, out)                                     \
     {                                                                         \
@@ -179,7 +179,7 @@ void winograd_transform_weight(const float *restrict w, float *restrict out, con
     UNROLL for (int c = 0; c < 3; c++) {
         vec v[3];
         UNROLL for (int r = 0; r < 3; r++) {
-            v[r] = *(const vec *)(w + (r * 3 + c) * row);
+            v[r] = *(const vec *)(w + (r * 3 + c) * step);
 #if HALF
             v[r] = ROUND_HALF(v[r]);
 #endif

@@ -191,6 +191,27 @@ __kernel void winograd_reduce(const int elements, __global const float *restrict
     }
 }
 
+// w[channel of a block][tap][TILE_O], one vector of it, from source[input channel * step_i + output channel * step_o + tap].
+// `ins` and `outs` channels follow from there on; zero beyond them.
+void winograd_load_weights(__global const float *restrict source, float *restrict w, const int ins, const int outs,
+                           const long step_i, const long step_o, const int transposed)
+{
+    const int channels = transposed ? 1 : BLOCK, count = 9 * channels;  // whose weights of an output channel lie side by side
+    for (int i = 0; i < BLOCK; i += channels) {
+        const int beyond = count % VEC == 0 || ins > i + channels || outs >= 2 * VEC;  // what is read and dropped is there
+        if (ins >= i + channels && outs >= VEC && beyond)
+            for (int k = 0; k < count; k += VEC) {
+                vec v[VEC];
+                transpose(v, source + i * step_i + k, step_o, transposed ? step_i : 2 * BLOCK);
+                UNROLL for (int r = 0; r < VEC; r++) *(vec *)(w + (i * 9 + k + r) * TILE_O) = v[r];
+            }
+        else
+            for (int k = 0; k < count; k++)
+                for (int o = 0; o < VEC; o++)
+                    w[(i * 9 + k) * TILE_O + o] = i + k / 9 < ins && o < outs ? source[i * step_i + o * step_o + k] : 0;
+    }
+}
+
 // packed [output tile][point][channel][TILE_O] from master [out][in][9], rounded to fp16 when activations are; transposed: from
 // [in][out][9], turned by 180 degrees. One work-item per (input block, output tile): it writes whole cache lines.
 __kernel SINGLE void winograd_pack(__global const float *restrict master, __global float *restrict packed,
@@ -198,19 +219,16 @@ __kernel SINGLE void winograd_pack(__global const float *restrict master, __glob
 {
     const Geometry g = *geometry;
     const int i0 = get_global_id(0) * BLOCK, o0 = get_global_id(1) * TILE_O, rows = get_global_size(0) * BLOCK;
-    const int ins = min(BLOCK, g.in_channels - i0), outs = min(TILE_O, g.out_channels - o0);
     const long step_i = g.transposed ? g.out_channels * 9 : 9, step_o = g.transposed ? 9 : g.in_channels * 9;
-    __global const float *source = master + i0 * step_i + o0 * step_o;
+    const int first = g.transposed ? 8 : 0, step = g.transposed ? -TILE_O : TILE_O;  // of the taps
     __global float *out = packed + ((long)get_global_id(1) * POINTS * rows + i0) * TILE_O;
-    float w[9 * TILE_O] __attribute__((aligned(64))), u[POINTS * TILE_O] __attribute__((aligned(64)));
-    for (int k = 0; k < 9 * TILE_O; k++) w[k] = 0;
-    for (int i = 0; i < BLOCK; i++, source += step_i) {
-        if (i < ins)
-            for (int o = 0; o < outs; o++)
-                UNROLL for (int k = 0; k < 9; k++) w[k * TILE_O + o] = source[o * step_o + (g.transposed ? 8 - k : k)];
-        else
-            for (int k = 0; k < 9 * TILE_O; k++) w[k] = 0;
-        for (int o = 0; o < TILE_O; o += VEC) winograd_transform_weight(w + o, u + o, TILE_O);
+    float w[(9 * BLOCK + VEC) * TILE_O] __attribute__((aligned(64)));  // vectors go beyond the last tap
+    float u[POINTS * TILE_O] __attribute__((aligned(64)));
+    for (int o = 0; o < TILE_O; o += VEC)
+        winograd_load_weights(master + i0 * step_i + (o0 + o) * step_o, w + o, g.in_channels - i0, g.out_channels - o0 - o,
+                              step_i, step_o, g.transposed);
+    for (int i = 0; i < BLOCK; i++) {
+        for (int o = 0; o < TILE_O; o += VEC) winograd_transform_weight(w + (i * 9 + first) * TILE_O + o, step, u + o, TILE_O);
         for (int point = 0; point < POINTS; point++)
             UNROLL for (int o = 0; o < TILE_O; o += VEC)
                 STREAMF(*(const vec *)(u + point * TILE_O + o), out + ((long)point * rows + i) * TILE_O + o);

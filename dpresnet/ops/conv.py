@@ -20,7 +20,7 @@ from dpresnet.convolution import (
 from dpresnet.device import BLOCK
 from dpresnet.plan import Local, Plan, Tensor
 
-PACK_GROUPS = 32  # work-groups of conv_pack, about
+PACK_GROUPS = 16
 PATCH_BYTES = 2**19  # of the patch of conv_gather: half of the second-level cache
 CONVERT, READ = 4, 4  # cost of converting one value for the patch, of reading one weight, in multiplications
 
@@ -176,5 +176,8 @@ def pack(plan: Plan, name: str, conv: Conv, master: Tensor, packed: Tensor, tran
     """Refreshes a working copy from the fp32 master weights."""
     tiles, blocks, taps, terms, _ = packed.shape
     args = [master, packed, geometry_of(conv, transposed).constant()]
-    size = (taps * terms, blocks, tiles) if conv.vector == 1 else (min(blocks, -(-PACK_GROUPS // tiles)), tiles)
+    if conv.vector == 1:
+        size = (taps * terms, blocks, tiles)
+    else:  # the master lies in rows of input blocks or, where it is read transposed, of output tiles: few parts of these
+        size = (blocks, min(tiles, -(-PACK_GROUPS // blocks))) if transposed else (min(blocks, -(-PACK_GROUPS // tiles)), tiles)
     plan.launch(name, "conv_pack", size, args, [packed], **conv.defines("conv", transposed))

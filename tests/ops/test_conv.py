@@ -175,6 +175,7 @@ def test_backward_weight(mode, shape):
         Shape(1, 15, 30, 4, 4, 2, groups=3),
         Shape(1, 15, 30, 4, 4, 2, groups=15),
         Shape(1, 40, 56, 4, 4, 3),  # whole blocks and whole tiles, and a remainder of both
+        Shape(1, 64, 32, 4, 4, 3),  # nothing but whole blocks and tiles: nothing lies behind the last one
         Shape(1, 56, 40, 4, 4, 1),
     ],
     ids=str,
