@@ -167,6 +167,10 @@ class Conv:
         small = self.groups > 1 and channels < BLOCK and BLOCK % channels == 0 and self.vector > 1
         return channels if small and self.in_channels == self.out_channels else 0
 
+    def gather_direct(self, transposed: bool) -> bool:
+        copies = self.kernel == 1 and (transposed or self.stride == 1) and self.padding == 0 and self.precision == "fp32"
+        return copies and self.vector > 1 and self.small_group == 0 and self.lanes(transposed) == BLOCK
+
     @property
     def direct(self) -> bool:
         """Whether the gradient of the weights reads x and dy where they lie: see DIRECT in kernels/conv.cl."""
@@ -352,7 +356,8 @@ def gather_floats(conv: Conv, geometry: Geometry) -> list[int]:
     entries = geometry.phases * -(-geometry.group_lines * geometry.grid_width // tile) * tile
     sliced = geometry.group_blocks < geometry.read_blocks
     sums = geometry.group_tiles * entries * geometry.tile_channels if sliced else 1
-    return [patch_floats(conv, geometry), sums, geometry.phases + 2 * entries]
+    copies = [] if conv.gather_direct(bool(geometry.transposed)) else [patch_floats(conv, geometry)]
+    return [*copies, sums, geometry.phases + 2 * entries]
 
 
 def weight_floats(conv: Conv, geometry: Geometry) -> list[int]:

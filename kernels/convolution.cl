@@ -129,7 +129,8 @@ int conv_list(__local int *restrict table, const int step, const int line, const
         const int n = l / g.grid_height, a = l % g.grid_height, oh = a * g.out_step + out_row;
         for (int b = 0, ow = out_col; b < g.grid_width && ow < g.out_width && oh < g.out_height; b++, ow += g.out_step) {
             __local int *entry = table + step * listed++;
-            entry[AT_PATCH] = (row * g.patch_width + b * col_skip) * CU;
+            entry[AT_PATCH] = DIRECT ? n * g.in_blocks * in_plane + (a * g.in_width + b) * g.in_step * BLOCK
+                                     : (row * g.patch_width + b * col_skip) * CU;
             entry[AT_Y] = n * g.out_blocks * out_plane + (oh * g.out_width + ow) * BLOCK;
             if (step > AT_X) entry[AT_X] = n * g.in_blocks * in_plane + (a * g.in_width + b) * g.in_step * BLOCK;
         }

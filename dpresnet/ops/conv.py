@@ -103,6 +103,11 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, t
         memory = [Local(4 * n) for n in gather_floats(conv, geometry)]
     args = [x, w, y, *tables(conv, geometry), geometry.constant(), *memory]
     defines = conv.defines("conv", transposed) | {"TILE_P": conv.tile_rows("conv_gather", transposed)}
+    if conv.gather_direct(transposed):
+        defines["DIRECT"] = 1
+    import os
+    for d in os.environ.get("XDEF", "").split():
+        defines[d.split("=")[0]] = int(d.split("=")[1])
     plan.launch(name, "conv_gather", size, args, [y], conv.flops, **defines)
 
 
