@@ -53,15 +53,32 @@ INLINE vec conv_value(__local const float *xs, const int c, const int v)
 #define SOURCE_VALUE(xs, c, v) conv_value(xs, c, v)
 #endif
 
+// Fetches what TILE_P cells read of a block of x, from the first of them on.
+INLINE void conv_fetch(__global const act *x, const Geometry g)
+{
+    const int rows = g.in_step / g.row_step, columns = TILE_P * (g.in_step / g.col_step);
+    for (int r = 0; r < rows; r++, x += g.in_width * g.row_step * BLOCK)
+        for (int c = 0; c < columns; c++) PREFETCH_LATER(x + c * g.col_step * BLOCK);
+}
+
+// Where x holds block `block` of cell `cell` of the lines from `line` on.
+INLINE __global const act *conv_cell(__global const act *x, const int line, const int cell, const int block, const Geometry g)
+{
+    const int l = line + cell / g.grid_width, n = l / g.grid_height, a = l % g.grid_height;
+    return x + ((((long)n * g.in_blocks + block) * g.in_height + a * g.in_step) * g.in_width
+                + cell % g.grid_width * g.in_step) * BLOCK;
+}
+
 // sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute; ws are their weights.
 // With `row` (a constant) the pixels are neighbours in the patch: one address register instead of TILE_P.
 INLINE void conv_multiply(vec sum[TILE_V][TILE_P], SOURCE *patch, const int plane, __local const int *table, const int row, __global const float *ws, __global const int *taps,
-                          const int tap_count, const int blocks, const Geometry g)
+                          const int tap_count, const int blocks, __global const act *ahead, const Geometry g)
 {
     int offset[TILE_P];
     UNROLL for (int p = 0; p < TILE_P; p++) offset[p] = row ? p * CU : table[2 * p];
     if (row) patch += table[0];
-    for (int i = 0; i < blocks; i++)
+    for (int i = 0; i < blocks; i++) {
+        if (ahead) conv_fetch(ahead + (long)i * g.in_height * g.in_width * BLOCK, g);
         for (int t = 0; t < tap_count; t++) {
             SOURCE *xt = patch + i * plane + taps[2 * t];
             __global const float *wt = ws + (i * g.taps + taps[2 * t + 1]) * TERMS * TILE_O;
@@ -72,6 +89,7 @@ INLINE void conv_multiply(vec sum[TILE_V][TILE_P], SOURCE *patch, const int plan
                     UNROLL for (int v = 0; v < TILE_V; v++) sum[v][p] += SOURCE_VALUE(xt + offset[p], c, v) * weight[v];
             }
         }
+    }
 }
 
 // Work-group = (lines, output tiles).
@@ -113,9 +131,22 @@ __kernel SINGLE void conv_gather(
         for (int tile = first_tile; tile < first_tile + tiles; tile++) {
             const int first_block = conv_first_block(g, tile * TILE_O) - base;
             SOURCE *xs = patch + first_block * plane;
+            const int summed = min(blocks, g.tile_blocks);
             __global const float *ws = w + ((long)tile * g.tile_blocks + block) * g.taps * TERMS * TILE_O;
             for (int f = 0, e = 0; f < g.phases; f++)
-                for (; e < table[f]; e += TILE_P) {
+                for (int start = e; e < table[f]; e += TILE_P) {
+#ifndef FIRST
+#define FIRST tile == first_tile
+#endif
+#ifndef NEAR
+#define NEAR 2
+#endif
+#if DIRECT
+                    __global const act *ahead = (FIRST) ? xs + entry[2 * e] + NEAR * TILE_P * CU : 0;
+#else
+                    __global const act *ahead = (FIRST) ? conv_cell(x, last ? line + lines : line, e - start,
+                                                          first_block + base + (last ? 0 : block + blocks), g) : 0;
+#endif
                     __local float *kept = sums + ((tile - first_tile) * entries + e) * TILE_O;
                     vec sum[TILE_V][TILE_P];
                     UNROLL for (int v = 0; v < TILE_V; v++)
@@ -124,9 +155,9 @@ __kernel SINGLE void conv_gather(
                     __local const int *first = entry + 2 * e;
                     __global const int *taps_here = taps + 2 * phases[4 * f + 2];
                     if (first[2 * TILE_P - 2] - first[0] == (TILE_P - 1) * CU)
-                        conv_multiply(sum, xs, plane, first, 1, ws, taps_here, phases[4 * f + 3], min(blocks, g.tile_blocks), g);
+                        conv_multiply(sum, xs, plane, first, 1, ws, taps_here, phases[4 * f + 3], summed, ahead, g);
                     else
-                        conv_multiply(sum, xs, plane, first, 0, ws, taps_here, phases[4 * f + 3], min(blocks, g.tile_blocks), g);
+                        conv_multiply(sum, xs, plane, first, 0, ws, taps_here, phases[4 * f + 3], summed, ahead, g);
                     UNROLL for (int p = 0; p < TILE_P; p++)
                         UNROLL for (int v = 0; v < TILE_V; v++) {
                             const int o = tile * TILE_O + v * VEC, at = entry[2 * (e + p) + 1];
