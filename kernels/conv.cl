@@ -22,57 +22,19 @@
 // GROUP   0, or 1, 2, 4, 8: convolution groups of that many channels in and out. A tile is one block then (TILE_O = 16) and
 //         reads that block only; its lane l sums over the GROUP channels l / GROUP * GROUP + c, nothing else is multiplied.
 // TERMS   channels of an input block that an output lane sums over: GROUP, or CU, or 2 or 3 of the 4 of CU
-// DIRECT  1: conv_weight reads x and dy where they lie, because their copies in local memory would be the same: fp32 and 1x1
-//         weights, with stride 1 and without padding
+// DIRECT  1: conv_gather reads x, conv_weight x and dy where they lie, because their copies in local memory would be the same:
+//         fp32 and 1x1 weights, without padding and with stride 1 (in the gradient of the input any)
+// AHEAD   register tiles between what conv_gather multiplies and what it fetches with DIRECT; otherwise that is the next patch
 //
 // Packed weights: [output tile][input block][tap][TERMS][TILE_O].
 
 #if VEC > 1
-// What term c of vector v of a tile is multiplied with at the pixel xs of a patch; c and v are constants.
-INLINE vec conv_value(__local const float *xs, const int c, const int v)
-{
-#if GROUP == 0
-    return (vec)(xs[c]);
-#elif GROUP % VEC == 0
-    return (vec)(xs[v * VEC + c]);
-#else
-    const vec all = LOADL(xs + v * VEC);
-    vec value;
-    UNROLL for (int l = 0; l < VEC; l++) ((float *)&value)[l] = ((const float *)&all)[l / GROUP * GROUP + c];
-    return value;
-#endif
-}
-
-#if DIRECT
-#define SOURCE __global const float
-#define SOURCE_VEC __global const vec
-#define SOURCE_VALUE(xs, c, v) ((vec)((xs)[c]))
-#else
-#define SOURCE __local const float
-#define SOURCE_VEC __local const vec
-#define SOURCE_VALUE(xs, c, v) conv_value(xs, c, v)
-#endif
-
-// Fetches what TILE_P cells read of a block of x, from the first of them on.
-INLINE void conv_fetch(__global const act *x, const Geometry g)
-{
-    const int rows = g.in_step / g.row_step, columns = TILE_P * (g.in_step / g.col_step);
-    for (int r = 0; r < rows; r++, x += g.in_width * g.row_step * BLOCK)
-        for (int c = 0; c < columns; c++) PREFETCH_LATER(x + c * g.col_step * BLOCK);
-}
-
-// Where x holds block `block` of cell `cell` of the lines from `line` on.
-INLINE __global const act *conv_cell(__global const act *x, const int line, const int cell, const int block, const Geometry g)
-{
-    const int l = line + cell / g.grid_width, n = l / g.grid_height, a = l % g.grid_height;
-    return x + ((((long)n * g.in_blocks + block) * g.in_height + a * g.in_step) * g.in_width
-                + cell % g.grid_width * g.in_step) * BLOCK;
-}
-
-// sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute; ws are their weights.
-// With `row` (a constant) the pixels are neighbours in the patch: one address register instead of TILE_P.
-INLINE void conv_multiply(vec sum[TILE_V][TILE_P], SOURCE *patch, const int plane, __local const int *table, const int row, __global const float *ws, __global const int *taps,
-                          const int tap_count, const int blocks, __global const act *ahead, const Geometry g)
+// sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute, `plane` floats apart; ws are
+// their weights. With `row` (a constant) the pixels are neighbours in the patch: one address register instead of TILE_P.
+// Meanwhile it fetches the same blocks of the cells at `ahead`, if that is not 0.
+INLINE void conv_multiply(vec sum[TILE_V][TILE_P], SOURCE *patch, const int plane, __local const int *table,
+                          const int row, __global const float *ws, __global const int *taps, const int tap_count,
+                          const int blocks, __global const act *ahead, const Geometry g)
 {
     int offset[TILE_P];
     UNROLL for (int p = 0; p < TILE_P; p++) offset[p] = row ? p * CU : table[2 * p];
@@ -102,7 +64,7 @@ __kernel SINGLE void conv_gather(
     __local float *restrict patch,
 #endif
     __local float *restrict sums,         // [output tile][entry of the table][TILE_O]; only with several slices
-    __local int *restrict table)          // [phases]: its end, then [entries][2]: offset in the patch, offset in y or -1
+    __local int *restrict table)          // [phases]: its end, then [entries][2]: offset in the patch (DIRECT: x), in y or -1
 {
     const Geometry g = *geometry;
     const int line = get_global_id(0) * g.group_lines, lines = min(g.group_lines, g.images * g.grid_height - line);
@@ -135,17 +97,13 @@ __kernel SINGLE void conv_gather(
             __global const float *ws = w + ((long)tile * g.tile_blocks + block) * g.taps * TERMS * TILE_O;
             for (int f = 0, e = 0; f < g.phases; f++)
                 for (int start = e; e < table[f]; e += TILE_P) {
-#ifndef FIRST
-#define FIRST tile == first_tile
-#endif
-#ifndef NEAR
-#define NEAR 2
-#endif
+                    __global const act *ahead = 0;  // what the first tile reads soon, the others find in the cache
 #if DIRECT
-                    __global const act *ahead = (FIRST) ? xs + entry[2 * e] + NEAR * TILE_P * CU : 0;
+                    if (tile == first_tile) ahead = xs + entry[2 * e] + AHEAD * TILE_P * BLOCK;
 #else
-                    __global const act *ahead = (FIRST) ? conv_cell(x, last ? line + lines : line, e - start,
-                                                          first_block + base + (last ? 0 : block + blocks), g) : 0;
+                    if (tile == first_tile)
+                        ahead = conv_cell(x, last ? line + lines : line, e - start,
+                                          base + first_block + (last ? 0 : block + blocks), g);
 #endif
                     __local float *kept = sums + ((tile - first_tile) * entries + e) * TILE_O;
                     vec sum[TILE_V][TILE_P];
