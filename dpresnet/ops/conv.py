@@ -85,7 +85,8 @@ def gather_cost(conv: Conv, geometry: Geometry) -> float:
     whole, rest = divmod(geometry.lines, geometry.group_lines)
     parts, edge = -(-tiles // geometry.group_tiles), conv.tile_rows("conv_gather", transposed)
     weights = geometry.tile_blocks * geometry.taps * terms * geometry.group_tiles * geometry.tile_channels
-    patch = 0 if conv.gathers_in_place(transposed) else geometry.read_blocks * geometry.patch_rows * geometry.patch_width * lanes
+    copied = 0 if conv.gathers_in_place(transposed) else geometry.read_blocks
+    patch = copied * geometry.patch_rows * geometry.patch_width * lanes
 
     def group(lines: int) -> int:
         return (-(-lines * geometry.grid_width // edge) * edge + READ) * weights + CONVERT * patch
