@@ -22,47 +22,36 @@
 // GROUP   0, or 1, 2, 4, 8: convolution groups of that many channels in and out. A tile is one block then (TILE_O = 16) and
 //         reads that block only; its lane l sums over the GROUP channels l / GROUP * GROUP + c, nothing else is multiplied.
 // TERMS   channels of an input block that an output lane sums over: GROUP, or CU, or 2 or 3 of the 4 of CU
-// DIRECT  1: conv_weight reads x and dy where they lie, because their copies in local memory would be the same: fp32 and 1x1
-//         weights, with stride 1 and without padding
+// DIRECT  1: conv_gather reads x, conv_weight x and dy where they lie, because their copies in local memory would be the same:
+//         fp32 and 1x1 weights, without padding and with stride 1 (in the gradient of the input any)
+// AHEAD   register tiles between what conv_gather multiplies and what it fetches with DIRECT; otherwise that is the next patch
 //
 // Packed weights: [output tile][input block][tap][TERMS][TILE_O].
 
 #if VEC > 1
-// What term c of vector v of a tile is multiplied with at the pixel xs of a patch; c and v are constants.
-INLINE vec conv_value(__local const float *xs, const int c, const int v)
-{
-#if GROUP == 0
-    return (vec)(xs[c]);
-#elif GROUP % VEC == 0
-    return (vec)(xs[v * VEC + c]);
-#else
-    const vec all = LOADL(xs + v * VEC);
-    vec value;
-    UNROLL for (int l = 0; l < VEC; l++) ((float *)&value)[l] = ((const float *)&all)[l / GROUP * GROUP + c];
-    return value;
-#endif
-}
-
-// sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute; ws are their weights.
-// With `row` (a constant) the pixels are neighbours in the patch: one address register instead of TILE_P.
-INLINE void conv_multiply(vec sum[TILE_V][TILE_P], __local const float *patch, __local const int *table,
-                          const int row, __global const float *ws, __global const int *taps,
-                          const int tap_count, const int blocks, const Geometry g)
+// sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute, `plane` floats apart; ws are
+// their weights. With `row` (a constant) the pixels are neighbours in the patch: one address register instead of TILE_P.
+// Meanwhile it fetches the same blocks of the cells at `ahead`, if that is not 0.
+INLINE void conv_multiply(vec sum[TILE_V][TILE_P], SOURCE *patch, const int plane, __local const int *table,
+                          const int row, __global const float *ws, __global const int *taps, const int tap_count,
+                          const int blocks, __global const act *ahead, const Geometry g)
 {
     int offset[TILE_P];
     UNROLL for (int p = 0; p < TILE_P; p++) offset[p] = row ? p * CU : table[2 * p];
     if (row) patch += table[0];
-    for (int i = 0; i < blocks; i++)
+    for (int i = 0; i < blocks; i++) {
+        if (ahead) conv_fetch(ahead + (long)i * g.in_height * g.in_width * BLOCK, g);
         for (int t = 0; t < tap_count; t++) {
-            __local const float *xt = patch + i * g.patch_rows * g.patch_width * CU + taps[2 * t];
+            SOURCE *xt = patch + i * plane + taps[2 * t];
             __global const float *wt = ws + (i * g.taps + taps[2 * t + 1]) * TERMS * TILE_O;
             UNROLL for (int c = 0; c < TERMS; c++) {
                 vec weight[TILE_V];
                 UNROLL for (int v = 0; v < TILE_V; v++) weight[v] = LOADF(wt + c * TILE_O + v * VEC);
                 UNROLL for (int p = 0; p < TILE_P; p++)
-                    UNROLL for (int v = 0; v < TILE_V; v++) sum[v][p] += conv_value(xt + offset[p], c, v) * weight[v];
+                    UNROLL for (int v = 0; v < TILE_V; v++) sum[v][p] += SOURCE_VALUE(xt + offset[p], c, v) * weight[v];
             }
         }
+    }
 }
 
 // Work-group = (lines, output tiles).
@@ -71,15 +60,18 @@ __kernel SINGLE void conv_gather(
     __global const int *restrict phases,  // [phases][4]: out_row, out_col, first tap, number of taps
     __global const int *restrict taps,    // [taps][2]: offset in the patch, index in the packed weights
     __constant Geometry *restrict geometry,
+#if !DIRECT
     __local float *restrict patch,
+#endif
     __local float *restrict sums,         // [output tile][entry of the table][TILE_O]; only with several slices
-    __local int *restrict table)          // [phases]: its end, then [entries][2]: offset in the patch, offset in y or -1
+    __local int *restrict table)          // [phases]: its end, then [entries][2]: offset in the patch (DIRECT: x), in y or -1
 {
     const Geometry g = *geometry;
     const int line = get_global_id(0) * g.group_lines, lines = min(g.group_lines, g.images * g.grid_height - line);
     const int first_tile = get_global_id(1) * g.group_tiles;
     const int tiles = min(g.group_tiles, (g.out_blocks * BLOCK + TILE_O - 1) / TILE_O - first_tile);
 
+    const int plane = DIRECT ? g.in_height * g.in_width * BLOCK : g.patch_rows * g.patch_width * CU;
     __local int *entry = table + g.phases;
     int entries = 0;
     for (int f = 0; f < g.phases; f++) {
@@ -93,13 +85,26 @@ __kernel SINGLE void conv_gather(
     const int base = conv_first_block(g, first_tile * TILE_O), read = min(g.read_blocks, g.in_blocks - base);
     for (int block = 0; block < read; block += g.group_blocks) {  // several times only without convolution groups
         const int blocks = min(g.group_blocks, read - block), last = block + blocks == read;
+#if DIRECT
+        SOURCE *patch = x + (long)(base + block) * plane;
+#else
         conv_load_patch(x, patch, line, lines, base + block, blocks, g);
+#endif
         for (int tile = first_tile; tile < first_tile + tiles; tile++) {
             const int first_block = conv_first_block(g, tile * TILE_O) - base;
-            __local const float *xs = patch + first_block * g.patch_rows * g.patch_width * CU;
+            SOURCE *xs = patch + first_block * plane;
+            const int summed = min(blocks, g.tile_blocks);
             __global const float *ws = w + ((long)tile * g.tile_blocks + block) * g.taps * TERMS * TILE_O;
             for (int f = 0, e = 0; f < g.phases; f++)
-                for (; e < table[f]; e += TILE_P) {
+                for (int start = e; e < table[f]; e += TILE_P) {
+                    __global const act *ahead = 0;  // what the first tile reads soon, the others find in the cache
+#if DIRECT
+                    if (tile == first_tile) ahead = xs + entry[2 * e] + AHEAD * TILE_P * BLOCK;
+#else
+                    if (tile == first_tile)
+                        ahead = conv_cell(x, last ? line + lines : line, e - start,
+                                          base + first_block + (last ? 0 : block + blocks), g);
+#endif
                     __local float *kept = sums + ((tile - first_tile) * entries + e) * TILE_O;
                     vec sum[TILE_V][TILE_P];
                     UNROLL for (int v = 0; v < TILE_V; v++)
@@ -108,9 +113,9 @@ __kernel SINGLE void conv_gather(
                     __local const int *first = entry + 2 * e;
                     __global const int *taps_here = taps + 2 * phases[4 * f + 2];
                     if (first[2 * TILE_P - 2] - first[0] == (TILE_P - 1) * CU)
-                        conv_multiply(sum, xs, first, 1, ws, taps_here, phases[4 * f + 3], min(blocks, g.tile_blocks), g);
+                        conv_multiply(sum, xs, plane, first, 1, ws, taps_here, phases[4 * f + 3], summed, ahead, g);
                     else
-                        conv_multiply(sum, xs, first, 0, ws, taps_here, phases[4 * f + 3], min(blocks, g.tile_blocks), g);
+                        conv_multiply(sum, xs, plane, first, 0, ws, taps_here, phases[4 * f + 3], summed, ahead, g);
                     UNROLL for (int p = 0; p < TILE_P; p++)
                         UNROLL for (int v = 0; v < TILE_V; v++) {
                             const int o = tile * TILE_O + v * VEC, at = entry[2 * (e + p) + 1];
@@ -126,16 +131,6 @@ __kernel SINGLE void conv_gather(
 
 // The term is part of an entry's address, unless a term is a permutation of lanes: then TILE_E is a multiple of GROUP.
 #define ENTRY_TERMS (GROUP && GROUP % VEC ? GROUP : 1)
-
-#if DIRECT
-#define SOURCE __global const float
-#define SOURCE_VEC __global const vec
-#define SOURCE_VALUE(xs, c, v) ((vec)((xs)[c]))
-#else
-#define SOURCE __local const float
-#define SOURCE_VEC __local const vec
-#define SOURCE_VALUE(xs, c, v) conv_value(xs, c, v)
-#endif
 
 // Adds the products of TILE_E entries of the patch with an output tile of dy, over the pixels, to TILE_E rows of sums.
 // With DIRECT, `patch` is the first of the input blocks in x and `grad` the first block of the tile in dy; `plane` floats after

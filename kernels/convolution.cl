@@ -1,8 +1,8 @@
-// convolution.cl - what the kernels of conv.cl build on: geometry, the patch of the input and the output tile of dy that a
-// work-group converts to fp32 in local memory, and how it writes a gradient of weights. The build puts this text in front of
-// that source.
+// convolution.cl - what the kernels of conv.cl build on: geometry, what is fetched ahead, the patch of the input and the output
+// tile of dy that a work-group converts to fp32 in local memory, and how it writes a gradient of weights. The build puts this
+// text in front of that source.
 //
-// CU, GROUP, TERMS and DIRECT are explained in conv.cl
+// CU, GROUP, TERMS, DIRECT and AHEAD are explained in conv.cl
 #ifndef CU
 #define CU 16
 #endif
@@ -12,6 +12,7 @@
 #ifndef DIRECT
 #define DIRECT 0
 #endif
+#define AHEAD 2
 #ifndef TERMS
 #define TERMS (GROUP ? GROUP : CU)
 #endif
@@ -54,6 +55,48 @@ int conv_segment(const Geometry g, const int segment)
 }
 
 #if VEC > 1
+// What term c of vector v of a tile is multiplied with at the pixel xs of a patch; c and v are constants.
+INLINE vec conv_value(__local const float *xs, const int c, const int v)
+{
+#if GROUP == 0
+    return (vec)(xs[c]);
+#elif GROUP % VEC == 0
+    return (vec)(xs[v * VEC + c]);
+#else
+    const vec all = LOADL(xs + v * VEC);
+    vec value;
+    UNROLL for (int l = 0; l < VEC; l++) ((float *)&value)[l] = ((const float *)&all)[l / GROUP * GROUP + c];
+    return value;
+#endif
+}
+
+#if DIRECT
+#define SOURCE __global const float
+#define SOURCE_VEC __global const vec
+#define SOURCE_VALUE(xs, c, v) ((vec)((xs)[c]))
+#else
+#define SOURCE __local const float
+#define SOURCE_VEC __local const vec
+#define SOURCE_VALUE(xs, c, v) conv_value(xs, c, v)
+#endif
+
+// Fetches what TILE_P cells of a line read of a block of x, from the first of them on. Spread over the multiplications,
+// as memory would be too slow for all that is copied into a patch at once.
+INLINE void conv_fetch(__global const act *x, const Geometry g)
+{
+    const int rows = g.in_step / g.row_step, columns = TILE_P * (g.in_step / g.col_step);
+    for (int r = 0; r < rows; r++, x += g.in_width * g.row_step * BLOCK)
+        for (int c = 0; c < columns; c++) PREFETCH_LATER(x + c * g.col_step * BLOCK);
+}
+
+// Where x holds block `block` of cell `cell` of the lines from `line` on; beyond the last image, a place to fetch in vain.
+INLINE __global const act *conv_cell(__global const act *x, const int line, const int cell, const int block, const Geometry g)
+{
+    const int l = line + cell / g.grid_width, n = l / g.grid_height, a = l % g.grid_height;
+    return x + ((((long)n * g.in_blocks + block) * g.in_height + a * g.in_step) * g.in_width
+                + cell % g.grid_width * g.in_step) * BLOCK;
+}
+
 // Copies row `ih` of an image into the patch, as fp32, with zeros outside the image.
 void conv_load_row(__global const act *restrict image, __local float *restrict row, const int ih, const Geometry g)
 {
@@ -114,7 +157,8 @@ void conv_load_grad(__global const act *restrict dy, __local float *restrict gra
 }
 
 // Lists the cells of `lines` lines whose pixel at (out_row, out_col) is inside the image, `step` integers for each: the offset
-// of the cell in the patch, that of the pixel in y and, with step 3, that of the cell in x. Returns their number.
+// of the cell in the patch (with DIRECT, in x), that of the pixel in y and, with step 3, that of the cell in x. Returns their
+// number.
 #define AT_PATCH 0
 #define AT_Y 1
 #define AT_X 2
@@ -129,9 +173,10 @@ int conv_list(__local int *restrict table, const int step, const int line, const
         const int n = l / g.grid_height, a = l % g.grid_height, oh = a * g.out_step + out_row;
         for (int b = 0, ow = out_col; b < g.grid_width && ow < g.out_width && oh < g.out_height; b++, ow += g.out_step) {
             __local int *entry = table + step * listed++;
-            entry[AT_PATCH] = (row * g.patch_width + b * col_skip) * CU;
+            const int at = n * g.in_blocks * in_plane + (a * g.in_width + b) * g.in_step * BLOCK;
+            entry[AT_PATCH] = DIRECT ? at : (row * g.patch_width + b * col_skip) * CU;
             entry[AT_Y] = n * g.out_blocks * out_plane + (oh * g.out_width + ow) * BLOCK;
-            if (step > AT_X) entry[AT_X] = n * g.in_blocks * in_plane + (a * g.in_width + b) * g.in_step * BLOCK;
+            if (step > AT_X) entry[AT_X] = at;
         }
         row += a + 1 < g.grid_height ? row_skip : g.patch_span;
     }

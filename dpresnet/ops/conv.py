@@ -77,17 +77,23 @@ def fitting(conv: Conv, geometry: Geometry) -> Geometry | None:
 
 
 def gather_cost(conv: Conv, geometry: Geometry) -> float:
-    """Vector operations of a pass, roughly: multiplications with those of unused pixels, conversions, weights read."""
+    """Vector operations of the busiest compute unit, roughly: multiplications with those of unused pixels, conversions,
+    weights read.
+    """
     transposed = bool(geometry.transposed)
     lanes, terms, tiles = conv.lanes(transposed), conv.terms(transposed), conv.tiles(transposed)
     whole, rest = divmod(geometry.lines, geometry.group_lines)
-    groups, parts = whole + (rest > 0), -(-tiles // geometry.group_tiles)
-    edge = conv.tile_rows("conv_gather", transposed)
-    pixels = [-(-lines * geometry.grid_width // edge) * edge for lines in (geometry.group_lines, rest)]
-    weights = geometry.tile_blocks * geometry.taps * terms * tiles * geometry.tile_channels
-    multiply = (whole * pixels[0] + pixels[1]) * weights
-    convert = groups * parts * geometry.read_blocks * geometry.patch_rows * geometry.patch_width * lanes
-    return (multiply + CONVERT * convert + READ * groups * weights) / conv.vector
+    parts, edge = -(-tiles // geometry.group_tiles), conv.tile_rows("conv_gather", transposed)
+    weights = geometry.tile_blocks * geometry.taps * terms * geometry.group_tiles * geometry.tile_channels
+    copied = 0 if conv.gathers_in_place(transposed) else geometry.read_blocks
+    patch = copied * geometry.patch_rows * geometry.patch_width * lanes
+
+    def group(lines: int) -> int:
+        return (-(-lines * geometry.grid_width // edge) * edge + READ) * weights + CONVERT * patch
+
+    total = parts * (whole * group(geometry.group_lines) + (group(rest) if rest else 0))
+    share = -(-parts * (whole + (rest > 0)) // conv.units)  # of the work-groups: PoCL hands out as many at once
+    return max(total / conv.units, share * group(geometry.group_lines)) / conv.vector
 
 
 def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, transposed: bool) -> None:
@@ -103,6 +109,7 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, t
         memory = [Local(4 * n) for n in gather_floats(conv, geometry)]
     args = [x, w, y, *tables(conv, geometry), geometry.constant(), *memory]
     defines = conv.defines("conv", transposed) | {"TILE_P": conv.tile_rows("conv_gather", transposed)}
+    defines |= {"DIRECT": 1} if conv.gathers_in_place(transposed) else {}
     plan.launch(name, "conv_gather", size, args, [y], conv.flops, **defines)
 
 

@@ -234,25 +234,37 @@ def test_work_group_sizes_change_no_bit(monkeypatch, shape, path, gather, weight
     assert mode.device.vector == 1 or conv.tile_rows("conv_gather") == gather.rows
 
 
-@pytest.mark.parametrize("sizes", [DirectWeight(4, 1, 32, 32), DirectWeight(8, 100, 128, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("gather", "weight"),
+    [(DirectGather(5, 48, 4), DirectWeight(4, 1, 32, 32)), (DirectGather(14, 1000, 1), DirectWeight(8, 100, 128, 1))],
+    ids=str,
+)
 @pytest.mark.parametrize("path", ["vector", "narrow"])
-@pytest.mark.parametrize("shape", [TILING[0], Shape(33, 16, 16, 3, 5, 1), Shape(2, 96, 48, 8, 8, 1, groups=3)], ids=str)
-def test_weight_gradients_of_copies_in_place_have_the_same_bits(monkeypatch, shape, path, sizes):
-    """Where a patch would be a copy of fp32 images, conv_weight reads these; otherwise, or if made to, a patch."""
+@pytest.mark.parametrize(
+    "shape",
+    [TILING[0], Shape(33, 16, 16, 3, 5, 1), Shape(2, 96, 48, 8, 8, 1, groups=3), Shape(3, 40, 70, 7, 8, 1, 2)],
+    ids=str,
+)
+def test_sums_over_images_in_place_have_the_same_bits(monkeypatch, shape, path, gather, weight):
+    """Where a patch would be a copy of fp32 images, the kernels read these; otherwise, or if made to, a patch."""
     mode, results = Mode("fp32", path), []
-    for direct, device in ((False, None), (True, None), (True, tuned_device(mode, {"conv_weight": sizes}))):
+    tuned, whole = tuned_device(mode, {"conv_gather": gather, "conv_weight": weight}), shape.stride == 1
+    for in_place, patch_bytes, device in ((False, 2**19, None), (True, 2**19, None), (True, 2000, tuned)):
         with monkeypatch.context() as patched:
-            if not direct:
-                patched.setattr(ops.Conv, "direct", False)
-            bench = Bench(mode, device)
-            dw = backward_weight(bench, shape, bench.draw(*shape.y), bench.draw(*shape.x))
-        results.append(bench.read(dw))
-        assert bench.plan.device.vector == 1 or ("DIRECT" in dict(launches_of(bench, "weight")[0].defines)) == direct
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[1], results[2])
-    for other in (replace(shape, stride=2), replace(shape, padding=1), replace(shape, kernel=3)):
-        assert not conv_of(Bench(mode), other).direct
-    assert not conv_of(Bench(Mode("fp16", path)), shape).direct
+            if not in_place:
+                patched.setattr(ops.Conv, "gathers_in_place", lambda conv, transposed: False)
+            patched.setattr(ops, "PATCH_BYTES", patch_bytes)
+            results.append(passes(mode, shape, device))
+            recordings = recorded(mode, shape)
+        launches = [e for b in recordings for e in b.plan if isinstance(e, Launch) and e.verb in ("gather", "weight")]
+        expected = [whole, True, whole] if in_place else [False] * 3  # a gradient has a cell for each pixel of dy
+        assert mode.device.vector == 1 or ["DIRECT" in dict(e.defines) for e in launches] == expected
+    for copied, direct, divided in zip(*results, strict=True):
+        np.testing.assert_array_equal(copied, direct)
+        np.testing.assert_array_equal(direct, divided)
+    convs = [conv_of(Bench(mode), other) for other in (replace(shape, padding=1), replace(shape, kernel=3))]
+    convs.append(conv_of(Bench(Mode("fp16", path)), shape))
+    assert not any(conv.gathers_in_place(transposed) for conv in convs for transposed in (False, True))
 
 
 @pytest.mark.parametrize("shape", TILING[:-1], ids=str)
