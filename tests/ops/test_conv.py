@@ -332,18 +332,6 @@ def recorded(mode: Mode, shape: Shape) -> list[Bench]:
     return benches
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 8])
-def test_small_groups_multiply_nothing_with_zero(channels):
-    """Only the channels of a group are in the packed weights and in the sums of the weight gradient."""
-    mode, shape = Mode("fp16", "vector"), Shape(2, 32, 32, 6, 5, 3, 1, 1, 32 // channels)
-    for bench, verb in zip(recorded(mode, shape), ("gather", "gather", "weight"), strict=True):
-        (launch,) = launches_of(bench, verb)
-        assert dict(launch.defines)["GROUP"] == channels
-    conv = conv_of(Bench(mode), shape)
-    assert conv.packed_shape(False) == conv.packed_shape(True) == (2, 1, 9, channels, BLOCK)
-    assert conv.partial_shape()[3:] == (9 * channels, BLOCK)
-
-
 @pytest.mark.parametrize(
     "shape",
     [
