@@ -167,17 +167,12 @@ class Conv:
         small = self.groups > 1 and channels < BLOCK and BLOCK % channels == 0 and self.vector > 1
         return channels if small and self.in_channels == self.out_channels else 0
 
-    def gathers_in_place(self, transposed: bool) -> bool:
-        """Whether a pass reads its input where it lies: see DIRECT in kernels/conv.cl. A gradient of the input has a cell for
-        each pixel of dy, whatever the stride.
+    def direct(self, transposed: bool) -> bool:
+        """Whether a pass, and with the forward pass the gradient of the weights, reads images where they lie: see DIRECT in
+        kernels/conv.cl. A gradient of the input has a cell for each pixel of dy, whatever the stride.
         """
         copies = self.kernel == 1 and self.padding == 0 and (transposed or self.stride == 1) and self.precision == "fp32"
         return copies and self.vector > 1 and self.small_group == 0 and self.lanes(transposed) == BLOCK
-
-    @property
-    def direct(self) -> bool:
-        """Whether the gradient of the weights reads x and dy where they lie."""
-        return self.gathers_in_place(transposed=False)
 
     def key(self, kernel: str, transposed: bool) -> str:
         """Names a launch in a file of tuned sizes; begins with the kernel."""
@@ -219,6 +214,8 @@ class Conv:
             defines["GROUP"] = self.small_group
         elif self.terms(transposed) != self.lanes(transposed):
             defines["TERMS"] = self.terms(transposed)
+        if self.direct(transposed):
+            defines["DIRECT"] = 1
         if self.vector > 1:
             rows = (self.shipped.tile_rows(f"{stem}_{verb}", transposed) for verb in ("gather", "weight"))
             defines |= dict(zip(("TILE_P", "TILE_E"), rows, strict=True), TILE_V=self.tile_vectors(transposed))
@@ -353,12 +350,12 @@ def patch_floats(conv: Conv, geometry: Geometry) -> int:
 
 
 def gather_floats(conv: Conv, geometry: Geometry) -> list[int]:
-    """Patch (unless `Conv.gathers_in_place`), sums and table of conv_gather, in units of 4 bytes."""
+    """Patch (unless `Conv.direct`), sums and table of conv_gather, in units of 4 bytes."""
     tile = conv.tile_rows("conv_gather", bool(geometry.transposed))
     entries = geometry.phases * -(-geometry.group_lines * geometry.grid_width // tile) * tile
     sliced = geometry.group_blocks < geometry.read_blocks
     sums = geometry.group_tiles * entries * geometry.tile_channels if sliced else 1
-    copies = [] if conv.gathers_in_place(bool(geometry.transposed)) else [patch_floats(conv, geometry)]
+    copies = [] if conv.direct(bool(geometry.transposed)) else [patch_floats(conv, geometry)]
     return [*copies, sums, geometry.phases + 2 * entries]
 
 
@@ -368,7 +365,7 @@ def weight_floats(conv: Conv, geometry: Geometry) -> list[int]:
     padded = -(-geometry.group_blocks * geometry.taps * conv.terms(False) // edge) * edge
     pixels = geometry.group_lines * geometry.grid_width
     sums = padded * geometry.group_tiles * geometry.tile_channels
-    copies = [] if conv.direct else [patch_floats(conv, geometry), pixels * geometry.tile_channels]
+    copies = [] if conv.direct(False) else [patch_floats(conv, geometry), pixels * geometry.tile_channels]
     return [*copies, sums, 2 * 3 * pixels, padded]
 
 

@@ -1,6 +1,6 @@
 // tile.cl - register tiles of the convolution kernels: TILE_V vectors of output channels by so many rows, all of whose sums stay in
 // registers while a loop runs over what is summed. The build puts this text in front of conv.cl and winograd.cl; the sizes
-// come from dpresnet/tiles.py.
+// come from dpresnet/tiles.py. At the end, what packing weights for them needs.
 //
 // TILE_V  vectors of output channels; TILE_O = TILE_V * VEC channels
 // TILE_P  rows of a tile of outputs (pixels; tiles in winograd.cl)

@@ -29,7 +29,6 @@ class Probes:
 
     def __init__(self, device: Device):
         self.device, self.cache_bytes = device, last_level_cache(device)
-        self._local = (1,) if device.host_memory else None
         self._items = VECTORS_PER_ITEM if device.host_memory else 1
         self._chains = GROUPS_PER_UNIT * device.compute_units * (1 if device.vector > 1 else 256)
         self._fma = cl.Kernel(device.program("probe", VEC=device.vector), "probe_peak")
@@ -43,8 +42,8 @@ class Probes:
 
     def fma(self) -> cl.Event:
         """Enqueues multiply-adds on all compute units; `fma_rate` tells from the event how fast they were."""
-        return self._fma(self.device.queue, (self._chains,), self._local, self._out.buffer(0, self._out.nbytes),
-                         np.int32(CHAIN_ROUNDS))  # fmt: skip
+        self._fma.set_args(self._out.buffer(0, self._out.nbytes), np.int32(CHAIN_ROUNDS))
+        return self.device.enqueue(self._fma, (self._chains,))
 
     def fma_rate(self, seconds: float) -> float:
         """Operations per second of one `fma` that took this long."""
@@ -55,8 +54,6 @@ class Probes:
         grain = 4 * self.device.vector * self._items
         nbytes = max(grain, int(share_of_cache * self.cache_bytes) // ARRAYS // grain * grain)
         elements, buffers = np.int32(nbytes // 4), [array.buffer(0, nbytes) for array in self._arrays]
-        size = (nbytes // grain,)
-        events = [
-            self._stream(self.device.queue, size, self._local, elements, *buffers, np.float32(0.5)) for _ in range(1 + REPEATS)
-        ]
+        self._stream.set_args(elements, *buffers, np.float32(0.5))
+        events = [self.device.enqueue(self._stream, (nbytes // grain,)) for _ in range(1 + REPEATS)]
         return [(ARRAYS * nbytes, event) for event in events[1:]]

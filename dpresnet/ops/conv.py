@@ -20,7 +20,7 @@ from dpresnet.convolution import (
 from dpresnet.device import BLOCK
 from dpresnet.plan import Local, Plan, Tensor
 
-PACK_GROUPS = 16
+PACK_GROUPS = 16  # work-groups of conv_pack, at least, where there are as many parts
 PATCH_BYTES = 2**19  # of the patch of conv_gather: half of the second-level cache
 CONVERT, READ = 4, 4  # cost of converting one value for the patch, of reading one weight, in multiplications
 
@@ -85,7 +85,7 @@ def gather_cost(conv: Conv, geometry: Geometry) -> float:
     whole, rest = divmod(geometry.lines, geometry.group_lines)
     parts, edge = -(-tiles // geometry.group_tiles), conv.tile_rows("conv_gather", transposed)
     weights = geometry.tile_blocks * geometry.taps * terms * geometry.group_tiles * geometry.tile_channels
-    copied = 0 if conv.gathers_in_place(transposed) else geometry.read_blocks
+    copied = 0 if conv.direct(transposed) else geometry.read_blocks
     patch = copied * geometry.patch_rows * geometry.patch_width * lanes
 
     def group(lines: int) -> int:
@@ -109,7 +109,6 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, t
         memory = [Local(4 * n) for n in gather_floats(conv, geometry)]
     args = [x, w, y, *tables(conv, geometry), geometry.constant(), *memory]
     defines = conv.defines("conv", transposed) | {"TILE_P": conv.tile_rows("conv_gather", transposed)}
-    defines |= {"DIRECT": 1} if conv.gathers_in_place(transposed) else {}
     plan.launch(name, "conv_gather", size, args, [y], conv.flops, **defines)
 
 
@@ -160,7 +159,7 @@ def backward_weight(plan: Plan, name: str, conv: Conv, x: Tensor, dy: Tensor, dw
     geometry = geometry_of(conv, transposed=False)
     partial = Tensor(f"{name}.partial", conv.partial_shape(), np.dtype(np.float32))
     segments, tiles, blocks, entries, channels = partial.shape
-    defines = conv.defines("conv", False) | {"TILE_E": conv.tile_rows("conv_weight")} | ({"DIRECT": 1} if conv.direct else {})
+    defines = conv.defines("conv", False) | {"TILE_E": conv.tile_rows("conv_weight")}
     if conv.vector == 1:
         _, taps = tables(conv, geometry)
         args = [x, dy, partial, taps, geometry.constant()]

@@ -252,7 +252,7 @@ def test_sums_over_images_in_place_have_the_same_bits(monkeypatch, shape, path, 
     for in_place, patch_bytes, device in ((False, 2**19, None), (True, 2**19, None), (True, 2000, tuned)):
         with monkeypatch.context() as patched:
             if not in_place:
-                patched.setattr(ops.Conv, "gathers_in_place", lambda conv, transposed: False)
+                patched.setattr(ops.Conv, "direct", lambda conv, transposed: False)
             patched.setattr(ops, "PATCH_BYTES", patch_bytes)
             results.append(passes(mode, shape, device))
             recordings = recorded(mode, shape)
@@ -264,7 +264,7 @@ def test_sums_over_images_in_place_have_the_same_bits(monkeypatch, shape, path, 
         np.testing.assert_array_equal(direct, divided)
     convs = [conv_of(Bench(mode), other) for other in (replace(shape, padding=1), replace(shape, kernel=3))]
     convs.append(conv_of(Bench(Mode("fp16", path)), shape))
-    assert not any(conv.gathers_in_place(transposed) for conv in convs for transposed in (False, True))
+    assert not any(conv.direct(transposed) for conv in convs for transposed in (False, True))
 
 
 @pytest.mark.parametrize("shape", TILING[:-1], ids=str)
