@@ -281,6 +281,7 @@ class Trainer:
 
 def moments(count: float, mean: np.ndarray, m2: np.ndarray) -> np.ndarray:
     """[2, C] = mean and 1 / sqrt(variance + eps) of ``count`` values per channel; zeros for none."""
-    if count == 0:
-        return np.zeros((2, mean.size))
-    return np.stack([mean, 1 / np.sqrt(m2 / count + EPS)])
+    result = np.zeros((2, mean.size))
+    if count > 0:
+        result[0], result[1] = mean, 1 / np.sqrt(m2 / count + EPS)
+    return result
