@@ -56,6 +56,21 @@ void winograd_multiply(__local const float *restrict x, __global const float *re
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[v][p], products + p * TILE_O + v * VEC);
 }
 
+// Fetches pixel `point` of the 4x4 in the middle of each of some tiles, from `first` to `last`, of the blocks from `block` on; for
+// later points nothing. Spread over the points that are multiplied, as memory would be too slow for all of it at once.
+void winograd_fetch(__global const act *restrict array, const int all_blocks, const int height, const int width, const int first,
+                    const int last, const int block, const int blocks, const int point, const Geometry g)
+{
+    if (point >= OUT * OUT) return;
+    const int image_tiles = g.tile_rows * g.tile_cols;
+    for (int t = first; t < last; t++) {
+        const int n = t / image_tiles, place = t % image_tiles;
+        const int row = place / g.tile_cols * OUT + point / OUT, col = place % g.tile_cols * OUT + point % OUT;
+        for (int i = block; i < block + blocks; i++)
+            PREFETCH_LATER(array + ((((long)n * all_blocks + i) * height + row) * width + col) * BLOCK);
+    }
+}
+
 // Work-group = (group of tiles, panel of the output channels). It transforms a chunk of input blocks, adds what they give to the
 // products of all its output channels, and goes on with the next chunk: both stay in the second-level cache.
 // u [output tile][point][input channel][TILE_O].
@@ -87,7 +102,11 @@ __kernel SINGLE void winograd_gather(
                 for (int i = 0; i < blocks * BLOCK; i += VEC)
                     STOREL((vec)(0), inputs + point * plane + i / BLOCK * step + t * BLOCK + i % BLOCK);
 
-        for (int point = 0; point < POINTS; point++)
+        const int more = i0 + blocks < g.in_blocks;  // of these tiles, else what the next ones begin with
+        const int ahead = more ? first : first + tiles, until = min(ahead + tiles, g.images * image_tiles);
+        const int block = more ? i0 + blocks : 0, count = min(g.chunk, g.in_blocks - block);
+        for (int point = 0; point < POINTS; point++) {
+            winograd_fetch(x, g.in_blocks, g.in_height, g.in_width, ahead, until, block, count, point, g);
             for (int o = 0; o < outs; o += TILE_O) {
                 const int wrap = o + TILE_O >= outs;  // the weights that are used next: of the next channels, or the next point
                 __global const float *us = u + (((long)(o0 + o) / TILE_O * POINTS + point) * g.in_blocks + i0) * BLOCK * TILE_O;
@@ -97,6 +116,7 @@ __kernel SINGLE void winograd_gather(
                                       products + point * product_plane + o * g.group_tiles + t * TILE_O, blocks, step, i0 == 0,
                                       next);
             }
+        }
     }
     for (int t = 0; t < tiles; t++) {
         const int n = (first + t) / image_tiles, place = (first + t) % image_tiles;
@@ -164,11 +184,15 @@ __kernel SINGLE void winograd_weight(
                     grads + o / TILE_O * TILE_O * g.group_tiles + t * TILE_O + o % TILE_O, grad_plane, g.out_width,
                     g.out_height - top, g.out_width - left);
         }
-        for (int point = 0; point < POINTS; point++)
+        const int ahead = first + tiles, until = min(ahead + tiles, last);
+        for (int point = 0; point < POINTS; point++) {
+            winograd_fetch(x, g.in_blocks, g.in_height, g.in_width, ahead, until, i0 / BLOCK, ins / BLOCK, point, g);
+            winograd_fetch(dy, g.out_blocks, g.out_height, g.out_width, ahead, until, o0 / BLOCK, outs / BLOCK, point, g);
             for (int o = 0; o < outs; o += TILE_O)
                 for (int i = 0; i < ins; i += TILE_E)
                     winograd_accumulate(inputs + point * plane + i, grads + point * grad_plane + o * g.group_tiles,
                                         sums + point * sum_plane + o * padded + i * TILE_O, tiles, row);
+        }
     }
     for (int o = 0; o < outs; o += VEC)
         for (int i = 0; i < min(ins, g.in_channels - i0); i++)
