@@ -17,7 +17,7 @@ import numpy as np
 import pyopencl as cl
 
 from dpresnet.convolution import Conv
-from dpresnet.device import Device
+from dpresnet.device import Arena, Device
 from dpresnet.model import Model
 from dpresnet.ops import conv as direct
 from dpresnet.ops import winograd
@@ -137,6 +137,14 @@ def choices(task: Task, name: str, sizes: Sizes) -> list[Sizes]:
     return [replace(sizes, rows=rows) for rows in ROWS if rows * vectors >= 6 and rows <= most and rows % step == 0]
 
 
+def filled(device: Device, nbytes: int) -> Arena:
+    """Memory whose values are ordinary numbers, in fp16 as in fp32."""
+    arena = device.arena(nbytes)
+    arena.view(0, (arena.nbytes // 2,), np.uint16)[:] = ONES
+    arena.push(0, arena.nbytes)
+    return arena
+
+
 class Bench:
     """Times the candidates of one task, on arenas that they share."""
 
@@ -144,11 +152,7 @@ class Bench:
         self.device, self.task, self._constants = device, task, {}
         plan = plan_of(device, task, task.conv.sizes(task.kernel, task.transposed))
         limit = device.cl.max_mem_alloc_size
-        arenas = [device.arena(nbytes) for nbytes in place_by_liveness(plan, limit)]
-        for arena in arenas:
-            arena.view(0, (arena.nbytes // 2,), np.uint16)[:] = ONES
-            arena.push(0, arena.nbytes)
-        self._memory = Memory({"work": arenas})
+        self._memory = Memory({"work": [filled(device, nbytes) for nbytes in place_by_liveness(plan, limit)]})
         self._seconds = 0.0  # of a launch, about
         self._ready: dict[tuple, tuple[Launch, cl.Kernel]] = {}  # launches are kept: constants are known by their identity
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dpresnet.bench import __main__ as program
-from dpresnet.bench import facts, memory, ops, ours, step
+from dpresnet.bench import facts, layers, memory, ops, ours, step
 from dpresnet.bench.child import Child
 from dpresnet.bench.peaks import Probes
-from dpresnet.bench.workload import Workload
+from dpresnet.bench.workload import Layer, Workload
 from dpresnet.device import Device, choose_device
 from dpresnet.errors import Refused
 from dpresnet.plan import Constant, Launch, Tensor
@@ -81,6 +81,8 @@ def test_ops(tmp_path, precision):
     assert len(rows) == results["step"]["launches"]
     lost = [row["lost_s"] for row in rows]
     assert lost == sorted(lost, reverse=True)
+    lost = [kernel["lost_s"] for kernel in results["kernels"]]
+    assert lost == sorted(lost, reverse=True) and len(lost) > 9
     for row in rows:
         assert len(row["seconds"]) == len(row["shares"]) == 2
         most = 4.8 if row["kernel"].startswith("winograd_") else 1.2  # flops are counted as those of direct sums
@@ -102,6 +104,19 @@ def test_streams_are_through_memory_that_has_been_written():
     for array in probes._arrays:
         array.pull(0, array.nbytes)
         assert np.all(array.view(0, (array.nbytes // 4,), np.float32) == 1), "untouched pages would be read from the cache"
+
+
+def test_layers_alone(tmp_path):
+    found, printed = bench("layers", *TINY, "--pairs", "2", "--turn", "0.001", "--precision", "fp16", folder=tmp_path)
+    assert_whence(found, "layers", printed)
+    results = found["results"]
+    assert [row["count"] for row in results["rows"]] == [1, 6, 1, 5, 1, 5]
+    for row in results["rows"]:
+        assert str(Layer(**row["layer"])) in printed
+        for direction in ("forward", "backward"):
+            assert "ratio" not in row[direction]
+            assert len(row[direction]["seconds"]["ours"]) == 2 and min(row[direction]["seconds"]["ours"]) > 0
+    assert results["peer"] is None and "PyTorch" not in printed
 
 
 def test_ops_of_inference(tmp_path):
@@ -154,6 +169,8 @@ def test_stem_follows_the_image_and_threads_the_cores():
         (["step", "--variants", "fast"], "'fast': use contiguous, or words of channels_last, compile, bf16"),
         (["step", "--pairs", "0"], "0: at least 1"),
         (["ops", "--against", "torch"], "unrecognized"),
+        (["layers", "--infer"], "unrecognized"),
+        (["layers", "--variants", "bf16"], "unrecognized"),
         (["memory", "--infer"], "unrecognized"),
         (["step", "--arch", "resnet19"], "resnet18"),
     ],
@@ -168,6 +185,7 @@ def test_wrong_flags(argv, said, capsys):
     ("argv", "said"),
     [
         (["step", "--against", "torch"], "PyTorch is not installed here: pip install 'dpresnet[bench]'"),
+        (["layers", "--against", "torch"], "PyTorch is not installed here: pip install 'dpresnet[bench]'"),
         (["memory", "--against", "torch"], "PyTorch is not installed here: pip install 'dpresnet[bench]'"),
         (["ops", "--png", "ops.png"], "matplotlib is not installed here: pip install 'dpresnet[bench]'"),
         (["step", "--json", "/none/such.json"], "--json /none/such.json: there is no folder /none"),
@@ -205,6 +223,26 @@ def test_ratios_are_taken_pair_by_pair():
     text = step.report(results, Workload(batch=8))
     assert "2.00 x PyTorch (1.50 to 2.00 x), median of 3 pairs" in text
     assert " ".join(text.split()).count("pair 2 4.0 8.0 2.00 x pair 3") == 1
+
+
+def test_layers_are_compared_pair_by_pair_and_added_up_as_often_as_they_occur():
+    layer = vars(Layer(1, 16, 32, 8, 8, 3, 2, 1, 4, False))
+
+    def part(theirs, ours):
+        return {"seconds": {"theirs": theirs, "ours": ours}, "variant": "contiguous"}
+
+    rows = [{"layer": layer, "count": 3, "forward": part([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]), "backward": part([1.0], [2.0])},
+            {"layer": layer, "count": 1, "forward": part([1.0], [1.0]), "backward": part([4.0], [1.0])}]  # fmt: skip
+    found = layers.summary(rows)
+    assert found["rows"][0]["forward"]["ratios"] == [2.0, 3.0, 1.0]
+    assert found["rows"][0]["forward"]["ratio"] == {"median": 2.0, "least": 1.0, "most": 3.0}
+    assert found["totals"] == {"forward": {"theirs": 13.0, "ours": 7.0}, "backward": {"theirs": 7.0, "ours": 7.0}}
+    text = layers.report(found | {"peer": "PyTorch 2", "device": "d", "tuned": None, "pairs": 3}, Workload())
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    name = "3x3/2 16 to 32 of 8x8, 4 groups"
+    assert f"{name} 3 4000.000 2000.000 2.00 x 1.00..3.00 1000.000 2000.000 0.50 x 0.50..0.50" in lines
+    assert "all of the network 4 13000.0 7000.0 1.86 x 7000.0 7000.0 1.00 x" in lines
+    assert lines[-1] == f"ratios are medians of 3 pairs; slower than PyTorch: {name} backward"
 
 
 def test_a_side_that_spins_and_steps_without_update_are_told():

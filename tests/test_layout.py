@@ -29,8 +29,8 @@ LAYERS = [
     ["trainer"],
     ["network", "setup", "machine"],
     ["session"],
-    ["tuning", "bench.ours", "bench.theirs", "bench.peaks", "bench.child"],
-    ["bench.step", "bench.memory", "bench.worker"],
+    ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
+    ["bench.our_layers", "bench.step", "bench.memory", "bench.worker", "bench.layers"],
     ["bench.ops", "bench.picture"],
     ["train", "evaluate", "bench.__main__", "doctor", "tune"],
 ]

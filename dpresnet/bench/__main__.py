@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpresnet import environment
-from dpresnet.bench import facts, memory, ops, picture, step
+from dpresnet.bench import facts, layers, memory, ops, picture, step
 from dpresnet.bench.flags import add_workload, positive, workload
 from dpresnet.bench.workload import Facts, Workload
 from dpresnet.errors import GaveUp, Refused
@@ -20,9 +20,10 @@ WORDS = ("channels_last", "compile", "bf16")  # of which a variant of PyTorch is
 def parser() -> argparse.ArgumentParser:
     """Subcommands and their flags."""
     top = argparse.ArgumentParser(prog="python -m dpresnet.bench", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="step | ops | memory")
+    commands = top.add_subparsers(dest="command", required=True, metavar="step | layers | ops | memory")
     for name, batch, text in (
         ("step", 64, "whole training steps, interleaved with PyTorch's if asked"),
+        ("layers", 8, "single convolutions, forward and backward, interleaved with PyTorch's if asked"),
         ("ops", 32, "every launch of a step against the peaks of the device"),
         ("memory", 64, "peak memory of a training process"),
     ):
@@ -30,16 +31,18 @@ def parser() -> argparse.ArgumentParser:
         add_workload(command, batch)
         if name != "ops":
             command.add_argument("--against", choices=["torch"], help="compare with PyTorch on the CPU")
+        if name in ("step", "memory"):
             command.add_argument("--variants", type=variants, default=variants("contiguous,channels_last"), metavar="LIST",
                                  help="of PyTorch, the best one counts: contiguous, or words joined by + of "
                                  f"{', '.join(WORDS)} (contiguous,channels_last)")  # fmt: skip
-        if name != "memory":
+        if name in ("step", "ops"):
             command.add_argument("--infer", action="store_true", help="the forward pass of evaluation, not a training step")
         command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
         command.add_argument("--png", type=Path, metavar="FILE", help="draw it")
-    steps, operations, held = (commands.choices[name] for name in ("step", "ops", "memory"))
-    steps.add_argument("--pairs", type=positive, default=7, help="turns of each side (7)")
-    steps.add_argument("--turn", type=float, default=2.0, metavar="SECONDS", help="of steps in a row, at least one step (2)")
+    steps, single, operations, held = (commands.choices[name] for name in ("step", "layers", "ops", "memory"))
+    for command, turn, what in ((steps, 2.0, "steps"), (single, 0.1, "calls")):
+        command.add_argument("--pairs", type=positive, default=7, help="turns of each side (7)")
+        command.add_argument("--turn", type=float, default=turn, metavar="SECONDS", help=f"of {what} in a row ({turn})")
     operations.add_argument("--rounds", type=positive, default=7, help="times that each launch is measured (7)")
     held.add_argument("--steps", type=positive, default=3, help="that each process trains (3)")
     held.add_argument("--runs", type=positive, default=3, help="processes of each kind; the median counts (3)")
@@ -68,7 +71,11 @@ def check(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, work: Workload) -> tuple[Facts, str]:
     """What the subcommand found, and its table."""
-    peers = args.variants if getattr(args, "against", None) else []
+    against = bool(getattr(args, "against", None))
+    if args.command == "layers":
+        results = layers.measure(work, against, args.pairs, args.turn)
+        return results, layers.report(results, work)
+    peers = args.variants if against else []
     if args.command == "step":
         results = step.measure(work, peers, args.pairs, args.turn)
         return results, step.report(results, work)

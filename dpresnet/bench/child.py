@@ -14,7 +14,7 @@ from dpresnet.errors import Refused
 
 
 class Child:
-    """A worker process for one side, "ours" or "theirs" (with its variants); to be used in a ``with``."""
+    """A worker process for one of the `worker.SIDES` (PyTorch's with its variants); to be used in a ``with``."""
 
     def __init__(self, side: str, work: Workload, variants: list[str] | None = None):
         self.side = side

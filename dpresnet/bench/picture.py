@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpresnet.bench.memory import part_names
-from dpresnet.bench.workload import Facts, Workload
+from dpresnet.bench.workload import Facts, Layer, Workload
 from dpresnet.errors import Refused
 
 OURS, THEIRS, GREY = "#0072b2", "#d55e00", "#8a8a8a"
@@ -32,7 +32,7 @@ def draw(command: str, found: Facts, work: Workload, path: Path) -> None:
 
     matplotlib.use("agg")
     matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
-    figure = {"step": step, "ops": ops, "memory": memory}[command](found["results"], work)
+    figure = {"step": step, "layers": layers, "ops": ops, "memory": memory}[command](found["results"], work)
     box, commit = found["machine"], found["commit"] or f"dpresnet {found['versions']['dpresnet']}"
     figure.text(0.995, 0.008, f"{found['date'][:10]}, {commit}, {box['cpu']}", ha="right", fontsize=7, color=GREY)
     figure.savefig(path, dpi=150)
@@ -73,6 +73,27 @@ def step(results: Facts, work: Workload) -> Any:
         chart.legend(loc="upper left", ncols=2, frameon=False)
     for chart in axes[0]:
         chart.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+# ---- layers
+
+
+def layers(results: Facts, work: Workload) -> Any:
+    """How many times as fast as PyTorch each layer is (alone: its milliseconds), forward and backward."""
+    rows, compared = results["rows"], bool(results["peer"])
+    figure, axes = figure_of(9, 1.8 + 0.42 * len(rows), f"convolutions alone: {work}", squeeze=False)
+    chart, height = axes[0][0], 0.38
+    for place, (direction, colour) in enumerate((("forward", OURS), ("backward", SERIES[2]))):
+        parts = [row[direction] for row in rows]
+        values = [part["ratio"]["median"] if compared else 1e3 * part["median_s"]["ours"] for part in parts]
+        chart.barh([i + (place - 0.5) * height for i in range(len(rows))], values, height, color=colour, label=direction)
+    if compared:
+        chart.axvline(1, color=THEIRS, linewidth=1, linestyle="--", label="PyTorch")
+    chart.set_yticks(range(len(rows)), [str(Layer(**row["layer"])) for row in rows])
+    chart.set(xlabel="PyTorch's time / dpresnet's" if compared else "ms")
+    chart.invert_yaxis()
+    chart.legend(loc="lower right", frameon=False)
     return figure
 
 

@@ -2,12 +2,13 @@
 
     python -m dpresnet.bench.worker '{"side": "ours", "work": {...}}'
 
-Requests are {"do": method, ...arguments} of `Ours` or `Theirs`. Between requests the process sleeps in a read; what its
+Requests are {"do": method, ...arguments} of the side, see `SIDES`. Between requests the process sleeps in a read; what its
 threads spent meanwhile is part of each answer, so that a side that spins while the other is measured does not go unnoticed.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -20,18 +21,22 @@ from dpresnet import environment
 from dpresnet.bench.workload import Facts, Workload
 from dpresnet.errors import GaveUp, Refused
 
+SIDES = {
+    "ours": ("ours", "Ours"),
+    "theirs": ("theirs", "Theirs"),
+    "our layers": ("our_layers", "OurLayers"),
+    "their layers": ("their_layers", "TheirLayers"),
+}
+
 
 def load(job: Facts) -> Callable[[], Any]:
     """Imports what the side of a job needs; the result builds it."""
-    work = Workload(**job["work"])
-    if job["side"] == "ours":
+    work, (module, name) = Workload(**job["work"]), SIDES[job["side"]]
+    ours = job["side"].startswith("our")
+    if ours:
         environment.prepare(work.threads, 0, 1)
-        from dpresnet.bench.ours import Ours
-
-        return lambda: Ours(work)
-    from dpresnet.bench.theirs import Theirs
-
-    return lambda: Theirs(work, job["variants"])
+    side = getattr(importlib.import_module(f"dpresnet.bench.{module}"), name)
+    return lambda: side(work) if ours else side(work, job["variants"])
 
 
 def resident() -> int:

@@ -39,6 +39,30 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One convolution: x [images, in_channels, height, width], weights [out_channels, in_channels / groups, kernel, kernel].
+
+    The ``first`` one of a network computes no gradient of its input.
+    """
+
+    images: int
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+    kernel: int
+    stride: int
+    padding: int
+    groups: int
+    first: bool
+
+    def __str__(self) -> str:
+        window = f"{self.kernel}x{self.kernel}" + (f"/{self.stride}" if self.stride > 1 else "")
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        return f"{window} {self.in_channels} to {self.out_channels} of {self.height}x{self.width}{groups}"
+
+
+@dataclass(frozen=True)
 class Sgd:
     """The optimizer of both sides."""
 

@@ -14,9 +14,11 @@ from judge import random_walk
 from problems import Case
 
 import dpresnet
-from dpresnet.bench import picture
+from dpresnet import reference
+from dpresnet.bench import layers, picture
+from dpresnet.bench.their_layers import Alone, TheirLayers
 from dpresnet.bench.theirs import Theirs, Variant
-from dpresnet.bench.workload import Sgd, Workload
+from dpresnet.bench.workload import Layer, Sgd, Workload
 
 TINY = ["--arch", "resnet20", "--image", "8", "--batch", "4"]
 WORK = Workload("resnet20", image=8, batch=4)
@@ -60,6 +62,39 @@ def test_the_fastest_variant_stays(monkeypatch):
     assert side.run(2) == {"seconds": [0.1, 0.1]}
 
 
+LAYERS = [
+    Layer(2, 3, 8, 9, 8, kernel=7, stride=2, padding=3, groups=1, first=True),
+    Layer(2, 32, 16, 6, 6, kernel=3, stride=1, padding=1, groups=8, first=False),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("variant", ["contiguous", "channels_last"])
+def test_their_layer_is_the_convolution(layer, variant):
+    alone = Alone(layer, variant)
+    x, w, dy = (array.detach().numpy() for array in (alone.x, alone.weight, alone.dy))
+    how = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+    dw, *dx = alone.backward()
+    pairs = [(alone.forward(), reference.conv_forward(x, w, **how))]
+    pairs.append((dw, reference.conv_backward_weight(dy, x, w.shape, **how)))
+    pairs += [(found, reference.conv_backward_data(dy, w, x.shape, **how)) for found in dx]
+    assert len(dx) == (not layer.first)
+    for found, expected in pairs:
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_fastest_format_of_each_direction_stays(monkeypatch):
+    slow = {("contiguous", "forward"): 0.3, ("channels_last", "forward"): 0.1, ("contiguous", "backward"): 0.2,
+            ("channels_last", "backward"): 0.4}  # fmt: skip
+    monkeypatch.setattr(Alone, "__init__", lambda self, layer, variant: setattr(self, "variant", variant))
+    monkeypatch.setattr(Alone, "run", lambda self, direction, calls: slow[self.variant, direction])
+    side = TheirLayers(WORK, layers.VARIANTS)
+    ready = side.prepare(vars(LAYERS[0]))
+    assert ready["seconds"] == {"forward": 0.1, "backward": 0.2}
+    assert ready["variant"] == {"forward": "channels_last", "backward": "contiguous"}
+    assert (side.run("forward", 1), side.run("backward", 1)) == ({"seconds": 0.1}, {"seconds": 0.2})
+
+
 def bench(*argv, folder):
     """JSON facts, what was printed, and the size in pixels of the picture of a real run."""
     json_file, png = folder / "found.json", folder / "found.png"
@@ -83,6 +118,24 @@ def test_step_against_torch(tmp_path):
     assert f"{results['ratio']['median']:.2f} x PyTorch" in printed
     assert found["versions"]["torch"].startswith("2.13")
     assert min(pixels) > 500
+
+
+def test_layers_against_torch(tmp_path):
+    found, printed, pixels = bench("layers", *TINY, "--against", "torch", "--pairs", "3", "--turn", "0.001", folder=tmp_path)
+    results = found["results"]
+    for row in results["rows"]:
+        for direction in ("forward", "backward"):
+            part = row[direction]
+            assert part["ratios"] == [a / b for a, b in zip(part["seconds"]["theirs"], part["seconds"]["ours"], strict=True)]
+            assert part["ratio"]["median"] == sorted(part["ratios"])[1]
+            assert part["variant"] in layers.VARIANTS
+            assert f"{part['ratio']['median']:.2f} x" in printed
+    assert results["peer"].startswith("PyTorch 2")
+    assert min(pixels) > 400
+    chart = picture.layers(results, WORK).axes[0]
+    drawn = [bar.get_width() for bar in chart.patches]
+    assert drawn == [row[name]["ratio"]["median"] for name in ("forward", "backward") for row in results["rows"]]
+    assert len(chart.get_yticks()) == len(results["rows"])
 
 
 def test_memory_against_torch(tmp_path):
