@@ -150,6 +150,11 @@ class Device:
             raise Refused(f"vectors of {self._asked} lanes on {self.name}: choose 1, 8 or 16, at most {widest}")
         return self._asked or widest
 
+    @cached_property
+    def doubles(self) -> bool:
+        """Whether kernels may compute in double precision."""
+        return "cl_khr_fp64" in self.cl.extensions.split()
+
     @property
     def compute_units(self) -> int:
         """Work-groups that run at once."""

@@ -209,7 +209,7 @@ class Recorder:
         norm = Norm(name, Affine(x, moments, weight.value, bias.value), weight, bias)
         if self.train:
             merged = norm.statistic("merged")
-            batchnorm.statistics(self.plan, name, x, merged, self.control)
+            batchnorm.statistics(self.plan, name, x, merged, moments, self.control)
             self.plan.entries.append(Exchange(name, "statistics", merged, moments, x.height * x.width))
         else:
             batchnorm.running(self.prepare, f"{name}.running", x, mean.value, var.value, moments)
@@ -274,8 +274,9 @@ class Recorder:
         sums, means = ([norm.statistic(part) for norm in norms] for part in ("sums", "means"))
         partials = [Tensor(f"{total.name}.partial", (z.images, *total.shape), FLOAT) for total in sums]
         batchnorm.backward_reduce(self.plan, f"{z.name}.dx.reduce", terms, affines, relu, partials, z if joined else None, g)
-        for norm, partial, total in zip(norms, partials, sums, strict=True):
-            batchnorm.add_images(self.plan, f"{norm.name}.dx.sum", partial, total, norm.bias.grad, norm.weight.grad)
+        for norm, partial, total, mean in zip(norms, partials, sums, means, strict=True):
+            batchnorm.add_images(self.plan, f"{norm.name}.dx.sum", partial, total, norm.bias.grad, norm.weight.grad, mean,
+                                 self.control, z.height * z.width)  # fmt: skip
         self.meanwhile()
         for norm, total, mean in zip(norms, sums, means, strict=True):
             self.plan.entries.append(Exchange(norm.name, "sums", total, mean, z.height * z.width))

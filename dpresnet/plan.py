@@ -134,6 +134,9 @@ class Exchange:
     ``kind`` "statistics": merge (count, mean, M2) of ``source`` [2][C] into ``target`` [2][C] = mean, 1 / deviation, and keep
     the merged mean and M2 for the running statistics of ``name``. ``kind`` "sums": add ``source`` over the replicas, divide
     by the number of values, into ``target``. ``pixels`` is the number of values per image and channel.
+
+    On a device with double precision the launch that writes ``source`` has put into ``target`` what a replica comes to that
+    agrees with nobody else.
     """
 
     name: str

@@ -23,7 +23,7 @@ from dpresnet.model import Model, Recorded
 from dpresnet.ops.batchnorm import EPS
 from dpresnet.ops.sgd import HYPER
 from dpresnet.plan import Exchange, aligned
-from dpresnet.replicas import NonFinite, Replicas
+from dpresnet.replicas import Handler, NonFinite, Replicas
 
 RUNNING_MOMENTUM = 0.1  # of the running statistics
 NAP_S = 5e-5  # between looks at the device while buckets are under way
@@ -69,6 +69,8 @@ class Trainer:
         self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own))
         self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
         self._first_bad: NonFinite | None = None
+        self.alone = model.device.doubles and (replicas == 1 or not sync)  # replicas normalise without the host
+        self._noted: list[tuple[Exchange, cl.Event]] = []  # then: exchanges of this step that did not happen
         self._moments: dict[str, np.ndarray] = {}  # merged statistics of this step, by layer
         self._local: dict[str, list[np.ndarray]] = {}  # without sync: those of each replica
 
@@ -105,7 +107,11 @@ class Trainer:
         self._moments.clear()
         self._local.clear()
         self._feed(self.model.train, batches, count, seed, epoch, augment)
-        self._first_bad = self.replicas.run(self.model.train, self._agree, self._mark_ready, self.check)
+        self._first_bad = self._run(self._mark_ready, self.check)
+        if self._noted:
+            self._wait_for(self._noted[-1][1])
+        for entry, _ in self._noted:
+            self._keep(entry, self._rows(entry))
         while self._ready:
             self._ready[0][1].wait()
             self._progress()
@@ -176,24 +182,41 @@ class Trainer:
 
     # Batch-norm exchanges
 
+    def _run(self, ready: Handler, check: bool) -> NonFinite | None:
+        """Replays the training plan."""
+        self._noted.clear()
+        return self.replicas.run(self.model.train, self._note if self.alone else self._agree, ready, check)
+
+    def _note(self, entry: Exchange, event: cl.Event) -> None:
+        """Instead of `_agree`: the device goes on, and what running statistics need is read later."""
+        if entry.kind == "statistics":
+            self._noted.append((entry, event))
+
     def _agree(self, entry: Exchange, event: cl.Event) -> None:
         """Waits for the entry's values, combines them over the replicas and writes the result for each."""
         self._wait_for(event)
-        channels = entry.source.shape[1]
-        rows = [np.empty(1 + 2 * channels) for _ in self.replicas.all]
-        for row, replica, valid in zip(rows, self.replicas.all, self._valid, strict=True):
-            row[0], row[1:] = valid * entry.pixels, replica.memory.fetch(entry.source).ravel()
-        combine = merge_moments if entry.kind == "statistics" else add
+        rows, combine = self._rows(entry), merge_moments if entry.kind == "statistics" else add
         if self.sync:
             rows = [self._exchange.combine(rows, combine)] * len(rows)
         for replica, row in zip(self.replicas.all, rows, strict=True):
-            values = row[1:].reshape(2, channels)
+            values = row[1:].reshape(entry.source.shape)
             target = moments(row[0], *values) if entry.kind == "statistics" else values / max(row[0], 1.0)
             replica.memory.write(entry.target, target)
         if entry.kind == "statistics":
-            self._moments[entry.name] = rows[0]
-            if not self.sync:
-                self._local[entry.name] = rows
+            self._keep(entry, rows)
+
+    def _rows(self, entry: Exchange) -> list[np.ndarray]:
+        """[count, 2 C values] of each replica of this rank."""
+        rows = [np.empty(1 + entry.source.size) for _ in self.replicas.all]
+        for row, replica, valid in zip(rows, self.replicas.all, self._valid, strict=True):
+            row[0], row[1:] = valid * entry.pixels, replica.memory.fetch(entry.source).ravel()
+        return rows
+
+    def _keep(self, entry: Exchange, rows: list[np.ndarray]) -> None:
+        """For the running statistics: [count, mean, M2] of each replica (with sync all the same)."""
+        self._moments[entry.name] = rows[0]
+        if not self.sync:
+            self._local[entry.name] = rows
 
     def _wait_for(self, event: cl.Event) -> None:
         """Returns when the event is complete; meanwhile buckets under way go on."""
@@ -242,7 +265,7 @@ class Trainer:
     def explain(self, batches: Sequence[tuple], count: int, seed: int, epoch: int) -> str:
         """Replays the batch entry by entry and names the first non-finite value over all ranks."""
         self._feed(self.model.train, batches, count, seed, epoch, True)
-        self._first_bad = self.replicas.run(self.model.train, self._agree, lambda bucket, event: None, check=True)
+        self._first_bad = self._run(lambda bucket, event: None, check=True)
         return self._culprit()
 
     def _culprit(self) -> str:

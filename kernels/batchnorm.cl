@@ -15,12 +15,20 @@
 // RESIDUAL  0: there is no r. 1: r is added as it is. 2: r is the other branch, normalised with moments of its own (r_...).
 //           backward_reduce then stores g, the masked sum of the terms of dz: it is the gradient of what is added, so dr where
 //           r is a plain tensor, and backward reads it instead of dz.
+// ALONE     1: merge and sum also write what replicas would agree on if there were no other one, in double precision like the
+//           host (`Trainer` in dpresnet/trainer.py), with the same bits: then nothing waits for the host. 0: they do not.
 // TERMS     1 or 2: dz is given as one tensor, or as the two gradients dz + dz2 of an activation that was used twice.
 #ifndef RELU
 #define RELU 0
 #endif
 #ifndef RESIDUAL
 #define RESIDUAL 0
+#endif
+#ifndef ALONE
+#define ALONE 0
+#endif
+#if ALONE
+#pragma OPENCL EXTENSION cl_khr_fp64 : enable
 #endif
 #ifndef TERMS
 #define TERMS 1
@@ -92,7 +100,11 @@ __kernel void batchnorm_statistics(__global const act *restrict x, __global floa
 
 // Merges the valid images of this replica, in order: merged[2][channels] = mean, M2. One work-item per WIDTH channels.
 __kernel void batchnorm_merge(__global const float *restrict partial, __global float *restrict merged,
-                              __global const Control *restrict control, const int pixels)
+                              __global const Control *restrict control, const int pixels
+#if ALONE
+                              , __global float *restrict moments, const double eps
+#endif
+                              )
 {
     vec mean[WIDE], m2[WIDE];
     VECTORS(k) mean[k] = m2[k] = 0;
@@ -106,6 +118,13 @@ __kernel void batchnorm_merge(__global const float *restrict partial, __global f
     }
     VECTORS(k) STOREF(mean[k], merged + CHANNEL + k * VEC);
     VECTORS(k) STOREF(m2[k], merged + CHANNELS + CHANNEL + k * VEC);
+#if ALONE
+    const double count = (double)control->valid * pixels;
+    for (int c = CHANNEL; c < CHANNEL + WIDTH; c++) {
+        moments[c] = merged[c];
+        moments[CHANNELS + c] = count > 0 ? 1 / sqrt(merged[CHANNELS + c] / count + eps) : 0;
+    }
+#endif
 }
 
 // moments from the running statistics. One work-item per WIDTH channels.
@@ -245,7 +264,11 @@ __kernel void batchnorm_backward_reduce(__global const act *dz,
 // Adds the images in order. The two sums are the gradients of bias and weight, and what the replicas exchange.
 // One work-item per WIDTH channels.
 __kernel void batchnorm_sum(__global const float *restrict partial, __global float *restrict sums,
-                            __global float *restrict grad_bias, __global float *restrict grad_weight, const int images)
+                            __global float *restrict grad_bias, __global float *restrict grad_weight, const int images
+#if ALONE
+                            , __global float *restrict means, __global const Control *restrict control, const int pixels
+#endif
+                            )
 {
     vec sum[WIDE], product[WIDE];
     VECTORS(k) sum[k] = product[k] = 0;
@@ -261,6 +284,13 @@ __kernel void batchnorm_sum(__global const float *restrict partial, __global flo
         STOREF(sum[k], grad_bias + channel);
         STOREF(product[k], grad_weight + channel);
     }
+#if ALONE
+    const double count = control->valid > 0 ? (double)control->valid * pixels : 1;
+    for (int c = CHANNEL; c < CHANNEL + WIDTH; c++) {
+        means[c] = sums[c] / count;
+        means[CHANNELS + c] = sums[CHANNELS + c] / count;
+    }
+#endif
 }
 
 // dx = scale * (g - mean(g) - normalised x * mean(g * normalised x)), zero for images that do not count; means[2][channels] are

@@ -189,6 +189,25 @@ def test_exchanges_wait_for_the_last_replica_and_nothing_else(device, monkeypatc
     assert exchanged == [True] * 38  # statistics and sums of 19 norms
 
 
+@pytest.mark.parametrize(("replicas", "sync"), [(1, True), (1, False), (3, False)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(device, monkeypatch, replicas, sync, precision):
+    """A device without double precision leaves what lies between two launches to the host. Batches are short in the end."""
+    plain = Device(choose_device())
+    plain.doubles = False
+    alone, asked = (make(d, 4, replicas, precision, sync=sync) for d in (device, plain))
+    assert alone.alone and not asked.alone
+    monkeypatch.setattr(alone, "_agree", None)
+    for seed, count in enumerate((4 * replicas, 4 * replicas, 3)):
+        for trainer in (alone, asked):
+            trainer.step(split(*samples(count, seed), 4, replicas), count, 0.1, HYPER)
+        assert alone.digest() == asked.digest()
+
+
+def test_replicas_with_shared_statistics_are_not_alone(device):
+    assert not make(device, 4, 2).alone
+
+
 @pytest.mark.parametrize("count", [1, 3, 5, 7])
 def test_short_last_batch_weighs_by_its_images(device, count):
     """Replicas with fewer or no images: the gradient is that of one batch of exactly these images."""

@@ -122,8 +122,10 @@ class Ours:
                 "launches": len(spans)}  # fmt: skip
 
     def _after_exchanges(self) -> set[int]:
-        """Launches that wait for an exchange."""
+        """Launches that wait for an exchange with the host."""
         waiting, found = False, set()
+        if self.trainer.alone:
+            return found
         for entry in self.model.evaluate.plan if self.work.infer else self.model.train.plan:
             if isinstance(entry, Launch) and waiting:
                 found.add(id(entry))

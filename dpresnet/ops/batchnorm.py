@@ -50,12 +50,17 @@ def launch(plan: Plan, name: str, verb: str, x: Tensor, args: list, writes: list
     plan.launch(name, f"batchnorm_{verb}", size, [*args, *sizes], writes, **defines)
 
 
-def statistics(plan: Plan, name: str, x: Tensor, merged: Tensor, control: Tensor) -> None:
-    """merged [2, C] = mean and M2 over the valid images of this replica; per image first, then merged in order."""
+def statistics(plan: Plan, name: str, x: Tensor, merged: Tensor, moments: Tensor, control: Tensor) -> None:
+    """merged [2, C] = mean and M2 over the valid images of this replica; per image first, then merged in order.
+
+    ``moments`` [2, C] = mean and 1 / deviation of these images, if the device computes in double precision.
+    """
     partial = Tensor(f"{name}.partial", (x.images, *merged.shape), merged.dtype)
     launch(plan, f"{name}.statistics", "statistics", x, [x, partial], [partial], whole=True)
-    args = [partial, merged, control, np.int32(x.height * x.width)]
-    plan.launch(f"{name}.merge", "batchnorm_merge", (columns(plan, x),), args, [merged])
+    args, writes = [partial, merged, control, np.int32(x.height * x.width)], [merged]
+    if plan.device.doubles:
+        args, writes = [*args, moments, np.float64(EPS)], [*writes, moments]
+    plan.launch(f"{name}.merge", "batchnorm_merge", (columns(plan, x),), args, writes, ALONE=int(plan.device.doubles))
 
 
 def running(plan: Plan, name: str, x: Tensor, mean: Tensor, var: Tensor, moments: Tensor) -> None:
@@ -94,11 +99,17 @@ def backward_reduce(plan: Plan, name: str, terms: Sequence[Tensor], affines: Seq
            TERMS=len(terms), RELU=int(relu), RESIDUAL=kind)  # fmt: skip
 
 
-def add_images(plan: Plan, name: str, partial: Tensor, sums: Tensor, dbias: Tensor, dweight: Tensor) -> None:
-    """sums [2, C] = partial [N, 2, C] added over the images; they are also the gradients of bias and weight."""
-    args = [partial, sums, dbias, dweight, np.int32(partial.shape[0])]
+def add_images(plan: Plan, name: str, partial: Tensor, sums: Tensor, dbias: Tensor, dweight: Tensor, means: Tensor,
+               control: Tensor, pixels: int) -> None:  # fmt: skip
+    """sums [2, C] = partial [N, 2, C] added over the images; they are also the gradients of bias and weight.
+
+    ``means`` [2, C] = sums divided by the valid images times ``pixels``, if the device computes in double precision.
+    """
+    args, writes = [partial, sums, dbias, dweight, np.int32(partial.shape[0])], [sums, dbias, dweight]
+    if plan.device.doubles:
+        args, writes = [*args, means, control, np.int32(pixels)], [*writes, means]
     items = sums.shape[1] // (1 if plan.device.vector == 1 else BLOCK)
-    plan.launch(name, "batchnorm_sum", (items,), args, [sums, dbias, dweight])
+    plan.launch(name, "batchnorm_sum", (items,), args, writes, ALONE=int(plan.device.doubles))
 
 
 def backward(plan: Plan, name: str, terms: Sequence[Tensor], affines: Sequence[Affine], relu: bool, means: Sequence[Tensor],

@@ -2,6 +2,7 @@
 ReLU, with short batches and with means far from zero.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from dpresnet.device import BLOCK
 from dpresnet.ops import batchnorm as ops
 from dpresnet.ops import residual
 from dpresnet.plan import Tensor, blocks_of
+from dpresnet.trainer import moments
 
 SHAPES = [
     (5, 20, 6, 7),
@@ -63,10 +65,29 @@ def with_rubbish(x: np.ndarray, valid: int) -> np.ndarray:
 
 
 def statistics(bench: Bench, x: np.ndarray, valid: int) -> Tensor:
+    """Runs them; and where replicas need no host to be alone, its moments are there, to the bit."""
     merged = bench.out_rows(2, x.shape[1])
-    ops.statistics(bench.plan, "bn", bench.image(x), merged, bench.control(valid=valid))
+    alone = bench.scratch(merged.shape)
+    ops.statistics(bench.plan, "bn", bench.image(x), merged, alone, bench.control(valid=valid))
     bench.run()
+    if bench.plan.device.doubles:
+        expected = moments(float(valid * x[0, 0].size), *bench.stored(merged).astype(np.float64))
+        np.testing.assert_array_equal(bench.stored(alone), expected.astype(np.float32))
     return merged
+
+
+def add_images(bench: Bench, partial: Tensor, outputs: Sequence[Tensor], pixels: int, valid: int) -> Tensor:
+    """Appends the launch; returns where it leaves the means of a replica that is alone."""
+    means = bench.scratch(outputs[0].shape)
+    ops.add_images(bench.plan, "bn", partial, *outputs, means, bench.control(valid=valid), pixels)
+    return means
+
+
+def assert_means(bench: Bench, sums: Tensor, means: Tensor, count: int) -> None:
+    """They are those of the host, to the bit."""
+    if bench.plan.device.doubles:
+        expected = bench.stored(sums).astype(np.float64) / max(count, 1)
+        np.testing.assert_array_equal(bench.stored(means), expected.astype(np.float32))
 
 
 @each_mode
@@ -166,10 +187,12 @@ def test_backward_reduce(mode, shape, relu, residual, count):
     given = (bench.image(z), bench.out_image(shape)) if residual else (None, None)
     terms, affines = [bench.image(term) for term in dz], [branch.on(bench) for branch in branches]
     ops.backward_reduce(bench.plan, "bn", terms, affines, relu, partials, *given)
-    for partial, outputs in zip(partials, sums, strict=True):
-        ops.add_images(bench.plan, "bn", partial, *outputs)
+    valid = shape[0] - count  # in the end they count, the gradients of the others are zeros in a step
+    pixels = shape[2] * shape[3]
+    means = [add_images(bench, partial, outputs, pixels, valid) for partial, outputs in zip(partials, sums, strict=True)]
     bench.run()
-    for branch, (total, dbias, dweight) in zip(branches, sums, strict=True):
+    for branch, (total, dbias, dweight), mean in zip(branches, sums, means, strict=True):
+        assert_means(bench, total, mean, valid * pixels)
         expected = reference.batchnorm_backward_reduce(masked, branch.x, *branch.moments)
         bench.assert_close(total, np.stack(expected), masked[:, 0].size)
         np.testing.assert_array_equal(bench.read(total), np.stack([bench.read(dbias), bench.read(dweight)]))
@@ -216,7 +239,7 @@ def test_mask_is_where_the_output_is_positive(mode, shape):
     ops.apply(bench.plan, "bn", affine, None, True, z)
     partial = bench.scratch((shape[0], *outputs[0].shape))
     ops.backward_reduce(bench.plan, "bn", [ones], [affine], True, [partial])
-    ops.add_images(bench.plan, "bn", partial, *outputs)
+    add_images(bench, partial, outputs, shape[2] * shape[3], shape[0])
     ops.backward(bench.plan, "bn", [ones], [affine], True, [means], bench.control(valid=shape[0]), [dx])
     bench.run()
     positive = bench.read(z) > 0
@@ -267,8 +290,9 @@ def test_stages_in_a_row(mode):
     affine, partial = ops.Affine(source, shared, second.rows(weight), second.rows(bias)), second.scratch((4, *sums.shape))
     ops.apply(second.plan, "bn", affine, None, False, y)
     ops.backward_reduce(second.plan, "bn", [second.image(dy)], [affine], False, [partial])
-    ops.add_images(second.plan, "bn", partial, sums, dbias, dweight)
+    alone = add_images(second, partial, (sums, dbias, dweight), 30, valid)
     second.run()
+    assert_means(second, sums, alone, count)
 
     third = Bench(mode)
     dx, means = third.out_image(x.shape), third.rows(second.read(sums) / count)
