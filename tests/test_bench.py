@@ -59,6 +59,7 @@ def test_step_alone(tmp_path):
     profile = side["overhead"]
     assert all(0 < kernels < wall for kernels, wall in zip(profile["kernels_s"], profile["wall_s"], strict=True))
     assert 0 <= profile["exchange_share"] < profile["share"] < 1
+    assert (profile["exchange_share"] == 0) == Device(choose_device()).doubles, "one replica agrees with nobody"
     assert profile["launches"] > 200
     assert f"{side['spread']['median']:.1f}" in printed
     assert results["tuned"] == {"file": None, "entries": 0} and "tile sizes: as shipped" in printed
