@@ -133,6 +133,11 @@ class Device:
         return f"{self.cl.name.strip()} ({self.cl.platform.name.strip()}, driver {self.cl.driver_version.strip()})"
 
     @property
+    def name_with_lanes(self) -> str:
+        """What figures depend on: device, platform, driver, and how wide its vectors are here."""
+        return f"{self.name}, {self.vector} lanes"
+
+    @property
     def tuning_name(self) -> str:
         """What measured sizes belong to: device and driver, how many work-groups run at once, lanes."""
         return f"{self.name}, {self.compute_units} units, {self.vector} lanes"

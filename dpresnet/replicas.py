@@ -78,10 +78,10 @@ class Replicas:
     def run(self, recorded: Recorded, exchange: Handler, ready: Handler, check: bool = False) -> NonFinite | None:
         """Replays a plan on every replica, prepared where that is needed.
 
-        ``exchange(entry, event)`` is called when replicas must agree; it has to wait for the event, which is that of the last
-        launch that writes what they exchange. ``ready(bucket, event)`` is called when all launches of a bucket are enqueued.
-        With ``check`` each entry is finished and searched for non-finite values, and the first is returned; the replay goes
-        on, because other ranks wait for its exchanges.
+        ``exchange(entry, event)`` is called when replicas must agree, with the event of the last launch that writes what they
+        exchange, and ``ready(bucket, event)`` when all launches of a bucket are enqueued. With ``check`` each entry is finished
+        and searched for non-finite values, and the first is returned; the replay goes on, because other ranks wait for its
+        exchanges.
         """
         if self._prepared is not recorded:
             self._prepare(recorded)

@@ -70,7 +70,6 @@ class Trainer:
         self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
         self._first_bad: NonFinite | None = None
         self.alone = model.device.doubles and (replicas == 1 or not sync)  # replicas normalise without the host
-        self._noted: list[tuple[Exchange, cl.Event]] = []  # then: exchanges of this step that did not happen
         self._moments: dict[str, np.ndarray] = {}  # merged statistics of this step, by layer
         self._local: dict[str, list[np.ndarray]] = {}  # without sync: those of each replica
 
@@ -108,18 +107,12 @@ class Trainer:
         self._local.clear()
         self._feed(self.model.train, batches, count, seed, epoch, augment)
         self._first_bad = self._run(self._mark_ready, self.check)
-        if self._noted:
-            self._wait_for(self._noted[-1][1])
-        for entry, _ in self._noted:
-            self._keep(entry, self._rows(entry))
         while self._ready:
-            self._ready[0][1].wait()
+            self._wait_for(self._ready[0][1])
             self._progress()
         self._reduce.wait()
         arena = self.replicas.memory.homes["gradient"][0]
         arena.push(0, arena.nbytes)
-        if self._local:
-            self._merge_local()
 
     def evaluate(self, batches: Sequence[tuple]) -> Outcome:
         """Loss and correct answers of one global batch with running statistics."""
@@ -184,13 +177,11 @@ class Trainer:
 
     def _run(self, ready: Handler, check: bool) -> NonFinite | None:
         """Replays the training plan."""
-        self._noted.clear()
-        return self.replicas.run(self.model.train, self._note if self.alone else self._agree, ready, check)
+        return self.replicas.run(self.model.train, self._go_on if self.alone else self._agree, ready, check)
 
-    def _note(self, entry: Exchange, event: cl.Event) -> None:
-        """Instead of `_agree`: the device goes on, and what running statistics need is read later."""
-        if entry.kind == "statistics":
-            self._noted.append((entry, event))
+    def _go_on(self, entry: Exchange, event: cl.Event) -> None:
+        """Instead of `_agree`: the device has what it needs, and running statistics are read when they are committed."""
+        self.replicas.device.queue.flush()
 
     def _agree(self, entry: Exchange, event: cl.Event) -> None:
         """Waits for the entry's values, combines them over the replicas and writes the result for each."""
@@ -247,8 +238,14 @@ class Trainer:
     def commit_running_statistics(self) -> None:
         """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2).
 
-        Nothing happens after a pass that overflowed.
+        Nothing happens after a pass that overflowed. The device updates the parameters meanwhile.
         """
+        if self.alone:
+            for entry in self.model.train.plan:
+                if isinstance(entry, Exchange) and entry.kind == "statistics":
+                    self._keep(entry, self._rows(entry))
+        if self._local:
+            self._merge_local()
         if not all(np.isfinite(row).all() for row in self._moments.values()):
             return
         for name, row in self._moments.items():

@@ -15,8 +15,9 @@
 // RESIDUAL  0: there is no r. 1: r is added as it is. 2: r is the other branch, normalised with moments of its own (r_...).
 //           backward_reduce then stores g, the masked sum of the terms of dz: it is the gradient of what is added, so dr where
 //           r is a plain tensor, and backward reads it instead of dz.
-// ALONE     1: merge and sum also write what replicas would agree on if there were no other one, in double precision like the
-//           host (`Trainer` in dpresnet/trainer.py), with the same bits: then nothing waits for the host. 0: they do not.
+// DOUBLES   1: merge and sum also write what the host makes of their results for a replica that agrees with nobody else, in double
+//           precision and with the same bits (`Trainer` in dpresnet/trainer.py): that one need not wait for the host. Where
+//           replicas do agree, the host overwrites it. 0: they do not.
 // TERMS     1 or 2: dz is given as one tensor, or as the two gradients dz + dz2 of an activation that was used twice.
 #ifndef RELU
 #define RELU 0
@@ -24,10 +25,10 @@
 #ifndef RESIDUAL
 #define RESIDUAL 0
 #endif
-#ifndef ALONE
-#define ALONE 0
+#ifndef DOUBLES
+#define DOUBLES 0
 #endif
-#if ALONE
+#if DOUBLES
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
 #endif
 #ifndef TERMS
@@ -101,7 +102,7 @@ __kernel void batchnorm_statistics(__global const act *restrict x, __global floa
 // Merges the valid images of this replica, in order: merged[2][channels] = mean, M2. One work-item per WIDTH channels.
 __kernel void batchnorm_merge(__global const float *restrict partial, __global float *restrict merged,
                               __global const Control *restrict control, const int pixels
-#if ALONE
+#if DOUBLES
                               , __global float *restrict moments, const double eps
 #endif
                               )
@@ -118,7 +119,7 @@ __kernel void batchnorm_merge(__global const float *restrict partial, __global f
     }
     VECTORS(k) STOREF(mean[k], merged + CHANNEL + k * VEC);
     VECTORS(k) STOREF(m2[k], merged + CHANNELS + CHANNEL + k * VEC);
-#if ALONE
+#if DOUBLES
     const double count = (double)control->valid * pixels;
     for (int c = CHANNEL; c < CHANNEL + WIDTH; c++) {
         moments[c] = merged[c];
@@ -265,7 +266,7 @@ __kernel void batchnorm_backward_reduce(__global const act *dz,
 // One work-item per WIDTH channels.
 __kernel void batchnorm_sum(__global const float *restrict partial, __global float *restrict sums,
                             __global float *restrict grad_bias, __global float *restrict grad_weight, const int images
-#if ALONE
+#if DOUBLES
                             , __global float *restrict means, __global const Control *restrict control, const int pixels
 #endif
                             )
@@ -284,7 +285,7 @@ __kernel void batchnorm_sum(__global const float *restrict partial, __global flo
         STOREF(sum[k], grad_bias + channel);
         STOREF(product[k], grad_weight + channel);
     }
-#if ALONE
+#if DOUBLES
     const double count = control->valid > 0 ? (double)control->valid * pixels : 1;
     for (int c = CHANNEL; c < CHANNEL + WIDTH; c++) {
         means[c] = sums[c] / count;

@@ -56,8 +56,9 @@ void winograd_multiply(__local const float *restrict x, __global const float *re
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[v][p], products + p * TILE_O + v * VEC);
 }
 
-// Fetches pixel `point` of the 4x4 in the middle of each of some tiles, from `first` to `last`, of the blocks from `block` on; for
-// later points nothing. Spread over the points that are multiplied, as memory would be too slow for all of it at once.
+// Fetches pixel `point` of the 4x4 outputs of each of some tiles, from `first` to `last`, of the blocks from `block` on, or of an
+// input the pixel at that place: of neighbouring tiles these are all pixels. Later points fetch nothing, and what lies beyond
+// an image is fetched in vain. Spread over the points that are multiplied: memory would be too slow for all of it at once.
 void winograd_fetch(__global const act *restrict array, const int all_blocks, const int height, const int width, const int first,
                     const int last, const int block, const int blocks, const int point, const Geometry g)
 {

@@ -38,7 +38,7 @@ def assert_whence(found, command, printed, lanes=0):
     assert found["machine"]["cores"] >= 1
     assert found["versions"].keys() >= {"python", "dpresnet", "numpy", "pyopencl", "driver"}
     device = Device(choose_device(), vector=lanes)
-    assert found["versions"]["driver"] == f"{device.name}, {device.vector} lanes"
+    assert found["versions"]["driver"] == device.name_with_lanes
     assert found["versions"]["driver"] in printed.splitlines()
     assert (found["commit"] is None) == (not (facts.CHECKOUT / ".git").exists())
     assert found["date"][:2] == "20"
@@ -238,12 +238,43 @@ def test_layers_are_compared_pair_by_pair_and_added_up_as_often_as_they_occur():
     assert found["rows"][0]["forward"]["ratios"] == [2.0, 3.0, 1.0]
     assert found["rows"][0]["forward"]["ratio"] == {"median": 2.0, "least": 1.0, "most": 3.0}
     assert found["totals"] == {"forward": {"theirs": 13.0, "ours": 7.0}, "backward": {"theirs": 7.0, "ours": 7.0}}
-    text = layers.report(found | {"peer": "PyTorch 2", "device": "d", "tuned": None, "pairs": 3}, Workload())
+    found |= {"peer": "PyTorch 2", "device": "d", "tuned": None, "pairs": 3, "warnings": ["hm"]}
+    text = layers.report(found, Workload())
     lines = [" ".join(line.split()) for line in text.splitlines()]
     name = "3x3/2 16 to 32 of 8x8, 4 groups"
     assert f"{name} 3 4000.000 2000.000 2.00 x 1.00..3.00 1000.000 2000.000 0.50 x 0.50..0.50" in lines
     assert "all of the network 4 13000.0 7000.0 1.86 x 7000.0 7000.0 1.00 x" in lines
-    assert lines[-1] == f"ratios are medians of 3 pairs; slower than PyTorch: {name} backward"
+    assert lines[-2] == f"slower than PyTorch: {name} backward"
+    assert lines[-1] == "WARNING: hm"
+
+
+def test_layers_tell_who_spins_and_who_refuses(monkeypatch):
+    monkeypatch.setattr(layers, "Child", Talker)
+    results = layers.measure(TINY_WORK, True, pairs=2, turn_s=0.01)
+    assert results["warnings"] == ["their layers: 50% of a core was busy while it should have slept"]
+    assert results["rows"][0]["backward"]["seconds"] == {"theirs": [1.0, 1.0], "ours": [1.0, 1.0]}
+    with pytest.raises(Refused, match="no device has that in its name"):
+        monkeypatch.undo()
+        layers.measure(Workload(device="none such"), False, pairs=1, turn_s=0.01)
+
+
+class Talker:
+    """A child that answers at once; PyTorch's is said to have computed for half of the time that it waited."""
+
+    def __init__(self, side, work, variants=None):
+        self.side = side
+
+    __enter__, __exit__ = (lambda self: self), (lambda self, *error: None)
+
+    def hello(self):
+        return {"name": self.side}
+
+    def ask(self, do, **arguments):
+        if do == "layers":
+            layer = vars(Layer(1, 16, 32, 8, 8, 3, 2, 1, 1, False))
+            return {"layers": [{"layer": layer, "count": 2}], "tuned": None}
+        waited = {"waited_s": 1.0, "waited_cpu_s": 0.5 if self.side == "their layers" else 0.0}
+        return {"seconds": {"forward": 1.0, "backward": 1.0}} if do == "prepare" else {"seconds": 1.0, **waited}
 
 
 def test_a_side_that_spins_and_steps_without_update_are_told():

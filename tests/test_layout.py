@@ -30,8 +30,8 @@ LAYERS = [
     ["network", "setup", "machine"],
     ["session"],
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
-    ["bench.our_layers", "bench.step", "bench.memory", "bench.worker", "bench.layers"],
-    ["bench.ops", "bench.picture"],
+    ["bench.our_layers", "bench.step", "bench.memory", "bench.worker"],
+    ["bench.layers", "bench.ops", "bench.picture"],
     ["train", "evaluate", "bench.__main__", "doctor", "tune"],
 ]
 ALONE = ["errors", "reference", "tree", "tiles", "bench.torch_resnet"]

@@ -167,6 +167,19 @@ def test_buckets_go_on_while_several_ranks_wait_for_an_exchange(device, monkeypa
     assert set(log) == expected
 
 
+def test_buckets_go_on_until_the_last_one_is_ready(device, monkeypatch):
+    """The host has nothing else to do then, and without exchanges of statistics it waits for most of backward there."""
+    trainer, log = make(device, 2, 1), []
+    monkeypatch.setattr(trainer, "comm", SimpleNamespace(size=2))
+    reduce = SimpleNamespace(running=True, progress=lambda: log.append("progress"), wait=lambda: log.append("all"))
+    monkeypatch.setattr(trainer, "_reduce", reduce)
+    monkeypatch.setattr(trainer, "_start_bucket", lambda bucket: log.append(f"start {bucket}"))
+    monkeypatch.setattr(trainer, "_feed", lambda *what: None)
+    monkeypatch.setattr(trainer, "_run", lambda *what: trainer._ready.append((7, Late("bucket", 4, log))))
+    trainer.forward_backward([], 1)
+    assert log[0] == "progress" and log.count("start 7") == 1 and log[-1] == "all"
+
+
 def test_exchanges_wait_for_the_last_replica_and_nothing_else(device, monkeypatch):
     """The values of the others, which are launched before it in the same queue, are there then; what is launched after it runs
     meanwhile.
@@ -193,6 +206,8 @@ def test_exchanges_wait_for_the_last_replica_and_nothing_else(device, monkeypatc
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(device, monkeypatch, replicas, sync, precision):
     """A device without double precision leaves what lies between two launches to the host. Batches are short in the end."""
+    if not device.doubles:
+        pytest.skip("the host is asked on this device anyway")
     plain = Device(choose_device())
     plain.doubles = False
     alone, asked = (make(d, 4, replicas, precision, sync=sync) for d in (device, plain))
@@ -218,8 +233,9 @@ def test_short_last_batch_weighs_by_its_images(device, count):
     assert worst(gradients(trainer, images, labels), expected) < 1e-4
 
 
-def test_overflow_leaves_everything_but_the_scaler_untouched(device):
-    trainer = make(device, 4, 2, "fp16")
+@pytest.mark.parametrize("sync", [True, False])
+def test_overflow_leaves_everything_but_the_scaler_untouched(device, sync):
+    trainer = make(device, 4, 2, "fp16", sync=sync)
     trainer.step(split(*samples(8), 4, 2), 8, 0.1, HYPER)
     before = {name: array.copy() for name, array in trainer.arrays().items()}
     images, labels = samples(8, seed=5)
@@ -320,11 +336,11 @@ class Discrete(Device):
         self.host_memory = False
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_memory_of_its_own(device, precision, monkeypatch):
+@pytest.mark.parametrize(("precision", "sync"), [("fp32", True), ("fp16", True), ("fp32", False)])
+def test_memory_of_its_own(device, precision, sync, monkeypatch):
     """A device whose arenas are not host memory trains the same, up to the rounding of other kernels."""
     monkeypatch.setattr(winograd, "suits", lambda conv: False)  # which only vectors take
-    trainers = [make(used, 4, 2, precision, first_bucket_mb=0.1) for used in (device, Discrete())]
+    trainers = [make(used, 4, 2, precision, sync=sync, first_bucket_mb=0.1) for used in (device, Discrete())]
     assert trainers[1].model.device.vector == 1
     for trainer in trainers:
         start = trainer.arrays()

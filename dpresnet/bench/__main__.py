@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="step | layers | ops | memory")
     for name, batch, text in (
         ("step", 64, "whole training steps, interleaved with PyTorch's if asked"),
-        ("layers", 8, "single convolutions, forward and backward, interleaved with PyTorch's if asked"),
+        ("layers", 64, "single convolutions, forward and backward, interleaved with PyTorch's if asked"),
         ("ops", 32, "every launch of a step against the peaks of the device"),
         ("memory", 64, "peak memory of a training process"),
     ):

@@ -1,8 +1,8 @@
 """The interleaved comparison of single convolutions: each that differs in a network, forward and both gradients.
 
 As in `bench.step` both sides wait in processes of their own and take turns, for each layer and direction, and the ratio
-within a pair counts. A step overlaps nothing and keeps little in caches between layers; a layer that is repeated alone finds
-its arrays there, on both sides.
+within a pair counts. On both sides a layer that is repeated finds all its arrays in the caches, as far as they fit; in a step
+only what the layer before has left.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from dpresnet.bench.child import Child
 from dpresnet.bench.facts import spread, table, tuned_text
-from dpresnet.bench.workload import Facts, Layer, Workload
+from dpresnet.bench.step import spinning
+from dpresnet.bench.workload import DIRECTIONS, Facts, Layer, Workload
 
-DIRECTIONS = ("forward", "backward")
 VARIANTS = ["contiguous", "channels_last"]  # memory formats of PyTorch: the faster one counts
 
 
@@ -27,19 +27,25 @@ def measure(work: Workload, against: bool, pairs: int, turn_s: float) -> Facts:
         children["ours"] = stack.enter_context(Child("our layers", work))
         names = {side: child.hello()["name"] for side, child in children.items()}
         listed = children["ours"].ask("layers")
-        rows = []
+        rows, turns = [], {side: [] for side in children}
         for found in tqdm(listed["layers"], unit="layer", leave=False, disable=None):
             ready = {side: child.ask("prepare", layer=found["layer"]) for side, child in children.items()}
-            rows.append(found | {name: one_direction(children, ready, name, pairs, turn_s) for name in DIRECTIONS})
-    return {"device": names["ours"], "peer": names.get("theirs"), "tuned": listed["tuned"], "pairs": pairs, **summary(rows)}
+            rows.append(found | {name: one_direction(children, ready, name, pairs, turn_s, turns) for name in DIRECTIONS})
+    warnings = [line for side in turns for line in spinning(names[side], turns[side])] if against else []
+    facts = {"device": names["ours"], "peer": names.get("theirs"), "tuned": listed["tuned"], "pairs": pairs}
+    return facts | summary(rows) | {"warnings": warnings}
 
 
-def one_direction(children: dict[str, Child], ready: dict[str, Facts], direction: str, pairs: int, turn_s: float) -> Facts:
-    """Seconds of a call of each side in each of its turns."""
+def one_direction(children: dict[str, Child], ready: dict[str, Facts], direction: str, pairs: int, turn_s: float,
+                  turns: dict[str, list[Facts]]) -> Facts:  # fmt: skip
+    """Seconds of a call of each side in each of its turns; ``turns`` gets all that the sides say about them."""
     calls = {side: max(1, round(turn_s / found["seconds"][direction])) for side, found in ready.items()}
-    taken = [{side: child.ask("run", direction=direction, calls=calls[side])["seconds"] for side, child in children.items()}
-             for _ in range(pairs)]  # fmt: skip
-    samples = {side: [pair[side] for pair in taken] for side in children}
+    samples: dict[str, list[float]] = {side: [] for side in children}
+    for _ in range(pairs):
+        for side, child in children.items():
+            answer = child.ask("run", direction=direction, calls=calls[side])
+            samples[side].append(answer["seconds"])
+            turns[side].append(answer)
     return {"seconds": samples, "variant": ready.get("theirs", {}).get("variant", {}).get(direction)}
 
 
@@ -65,15 +71,16 @@ def report(results: Facts, work: Workload) -> str:
     titles = ["layer", "times"]
     for name in DIRECTIONS:
         titles += [f"{name}: PyTorch ms", "dpresnet ms", "ratio", "least..most"] if peer else [f"{name} ms"]
-    lines = [f"convolutions alone: {work}", *([f"{peer}, {' or '.join(VARIANTS)}"] if peer else []), results["device"],
+    lines = [f"convolutions alone: {work}", *([f"{peer} in fp32, {' or '.join(VARIANTS)}"] if peer else []), results["device"],
              tuned_text(results["tuned"]), ""]  # fmt: skip
     cells = [[str(Layer(**row["layer"])), str(row["count"]), *(c for name in DIRECTIONS for c in part_cells(row[name]))]
              for row in rows]  # fmt: skip
     lines.append(table(titles, [*cells, total_cells(results)]))
     if peer:
         slower = [f"{Layer(**row['layer'])} {name}" for row in rows for name in DIRECTIONS if row[name]["ratio"]["median"] < 1]
-        lines.append(f"\nratios are medians of {results['pairs']} pairs; slower than PyTorch: {', '.join(slower) or 'none'}")
-    return "\n".join(lines)
+        lines.append(f"\nratios of layers are medians of {results['pairs']} pairs, that of all is one of sums of medians\n"
+                     f"slower than PyTorch: {', '.join(slower) or 'none'}")  # fmt: skip
+    return "\n".join([*lines, *(f"WARNING: {line}" for line in results["warnings"])])
 
 
 def part_cells(part: Facts) -> list[str]:

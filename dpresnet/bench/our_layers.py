@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from dpresnet.bench.workload import Facts, Layer, Workload
+from dpresnet.bench.workload import DIRECTIONS, Facts, Layer, Workload
 from dpresnet.device import Device, choose_device
 from dpresnet.nn import Recorder, Value
 from dpresnet.plan import Launch, Memory, Tensor, bind, place_in_order
@@ -36,7 +36,7 @@ class Listing(Recorder):
         return super().conv(name, x, channels, kernel, stride, padding, groups, zero)
 
 
-class Alone:
+class Single:
     """One convolution with arrays of its own: the launches of its forward pass and of both its gradients.
 
     Packing the weights is part of either, as it is in a step. Arrays keep their values, so calls may follow in any order.
@@ -77,12 +77,12 @@ class OurLayers:
     def __init__(self, work: Workload):
         self.work = work
         self.device = Device(choose_device(work.device), vector=work.vector)
-        self._alone: Alone | None = None
+        self._single: Single | None = None
 
     @property
     def name(self) -> str:
         """Device, platform, driver and how wide its vectors are here."""
-        return f"{self.device.name}, {self.device.vector} lanes"
+        return self.device.name_with_lanes
 
     def layers(self) -> Facts:
         """The convolutions that differ, in their order, and how often the network has each."""
@@ -95,10 +95,10 @@ class OurLayers:
 
     def prepare(self, layer: Facts) -> Facts:
         """Compiles a layer and warms up; the seconds of a call, by direction."""
-        self._alone = None  # its memory is free before the next takes its own
-        self._alone = Alone(self.device, self.work.precision, Layer(**layer))
-        return {"seconds": {name: min(self._alone.run(name, 1) for _ in range(WARM_CALLS)) for name in ("forward", "backward")}}
+        self._single = None  # its memory is free before the next takes its own
+        self._single = Single(self.device, self.work.precision, Layer(**layer))
+        return {"seconds": {name: min(self._single.run(name, 1) for _ in range(WARM_CALLS)) for name in DIRECTIONS}}
 
     def run(self, direction: str, calls: int) -> Facts:
         """Seconds of a call."""
-        return {"seconds": self._alone.run(direction, calls)}
+        return {"seconds": self._single.run(direction, calls)}

@@ -58,7 +58,7 @@ class Ours:
     @property
     def name(self) -> str:
         """Device, platform, driver and how wide its vectors are here."""
-        return f"{self.device.name}, {self.device.vector} lanes"
+        return self.device.name_with_lanes
 
     def step(self) -> bool:
         """One whole step (or evaluation); returns whether the loss scaler dropped it."""

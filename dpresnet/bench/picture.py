@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpresnet.bench.memory import part_names
-from dpresnet.bench.workload import Facts, Layer, Workload
+from dpresnet.bench.workload import DIRECTIONS, Facts, Layer, Workload
 from dpresnet.errors import Refused
 
 OURS, THEIRS, GREY = "#0072b2", "#d55e00", "#8a8a8a"
@@ -84,7 +84,7 @@ def layers(results: Facts, work: Workload) -> Any:
     rows, compared = results["rows"], bool(results["peer"])
     figure, axes = figure_of(9, 1.8 + 0.42 * len(rows), f"convolutions alone: {work}", squeeze=False)
     chart, height = axes[0][0], 0.38
-    for place, (direction, colour) in enumerate((("forward", OURS), ("backward", SERIES[2]))):
+    for place, (direction, colour) in enumerate(zip(DIRECTIONS, (OURS, SERIES[2]), strict=True)):
         parts = [row[direction] for row in rows]
         values = [part["ratio"]["median"] if compared else 1e3 * part["median_s"]["ours"] for part in parts]
         chart.barh([i + (place - 0.5) * height for i in range(len(rows))], values, height, color=colour, label=direction)

@@ -64,12 +64,16 @@ def warnings(found: Facts) -> list[str]:
     for side in found.values():
         if skipped := sum(turn.get("skipped", 0) for turn in side["turns"]):
             lines.append(f"{side['name']}: the loss scaler dropped {skipped} of the timed steps, which so lack the update")
-        waits = side["turns"][1:]
-        waited, spent = (sum(turn[key] for turn in waits) for key in ("waited_s", "waited_cpu_s"))
-        side["waiting_cpu_share"] = spent / waited if waited else 0.0
-        if side["waiting_cpu_share"] > SPINNING and len(found) > 1:
-            lines.append(f"{side['name']}: {side['waiting_cpu_share']:.0%} of a core was busy while it should have slept")
+        if len(found) > 1:
+            lines += spinning(side["name"], side["turns"][1:])
     return lines
+
+
+def spinning(name: str, turns: list[Facts]) -> list[str]:
+    """A warning if the threads of a side computed while they waited for these turns."""
+    waited, spent = (sum(turn[key] for turn in turns) for key in ("waited_s", "waited_cpu_s"))
+    share = spent / waited if waited else 0.0
+    return [f"{name}: {share:.0%} of a core was busy while it should have slept"] if share > SPINNING else []
 
 
 def report(results: Facts, work: Workload) -> str:
@@ -92,8 +96,9 @@ def report(results: Facts, work: Workload) -> str:
 
 def overhead_text(profile: Facts) -> str:
     """One line."""
-    return (f"{profile['share']:.2%} of it in no kernel ({profile['launches']} launches; {profile['exchange_share']:.2%} at "
-            f"exchanges); the host thread computes for {profile['thread_share']:.2%}")  # fmt: skip
+    waits = f"; {profile['exchange_share']:.2%} at exchanges" if profile["exchange_share"] else ""
+    return (f"{profile['share']:.2%} of it in no kernel ({profile['launches']} launches{waits}); the host thread computes for "
+            f"{profile['thread_share']:.2%}")  # fmt: skip
 
 
 def pairs_table(results: Facts) -> str:

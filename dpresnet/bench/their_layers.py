@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import conv2d
 
-from dpresnet.bench.workload import Facts, Layer, Workload
+from dpresnet.bench.workload import DIRECTIONS, Facts, Layer, Workload
 
-WARM_CALLS = 3
+TRIALS, TRIAL_S = 3, 0.02  # for choosing a variant: rounds, and calls in a row for so long, as they are measured
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-class Alone:
+class Single:
     """One convolution in one memory format, in fp32, with a gradient ``dy`` of its output."""
 
     def __init__(self, layer: Layer, variant: str):
@@ -52,7 +52,7 @@ class TheirLayers:
     def __init__(self, work: Workload, variants: Sequence[str]):
         torch.set_num_threads(work.threads)
         self._variants = list(variants)
-        self._best: dict[str, Alone] = {}
+        self._best: dict[str, Single] = {}
 
     @property
     def name(self) -> str:
@@ -62,13 +62,14 @@ class TheirLayers:
     def prepare(self, layer: Facts) -> Facts:
         """Warms up the variants of a layer; seconds of a call and the variant, by direction."""
         self._best = {}
-        alone = {name: Alone(Layer(**layer), name) for name in self._variants}
+        ready = {name: Single(Layer(**layer), name) for name in self._variants}
         seconds, chosen = {}, {}
-        for direction in ("forward", "backward"):
-            rounds = [{name: one.run(direction, 1) for name, one in alone.items()} for _ in range(WARM_CALLS)]
-            times = {name: min(taken[name] for taken in rounds) for name in alone}
+        for direction in DIRECTIONS:
+            calls = {name: max(1, round(TRIAL_S / single.run(direction, 1))) for name, single in ready.items()}
+            rounds = [{name: single.run(direction, calls[name]) for name, single in ready.items()} for _ in range(TRIALS)]
+            times = {name: min(taken[name] for taken in rounds) for name in ready}
             chosen[direction] = min(times, key=times.__getitem__)
-            seconds[direction], self._best[direction] = times[chosen[direction]], alone[chosen[direction]]
+            seconds[direction], self._best[direction] = times[chosen[direction]], ready[chosen[direction]]
         return {"seconds": seconds, "variant": chosen}
 
     def run(self, direction: str, calls: int) -> Facts:

@@ -27,12 +27,13 @@ SIDES = {
     "our layers": ("our_layers", "OurLayers"),
     "their layers": ("their_layers", "TheirLayers"),
 }
+OURS = ("ours", "our layers")  # of which OpenCL reads the threads when it is loaded; the others are given their variants
 
 
 def load(job: Facts) -> Callable[[], Any]:
     """Imports what the side of a job needs; the result builds it."""
     work, (module, name) = Workload(**job["work"]), SIDES[job["side"]]
-    ours = job["side"].startswith("our")
+    ours = job["side"] in OURS
     if ours:
         environment.prepare(work.threads, 0, 1)
     side = getattr(importlib.import_module(f"dpresnet.bench.{module}"), name)

@@ -62,6 +62,9 @@ class Layer:
         return f"{window} {self.in_channels} to {self.out_channels} of {self.height}x{self.width}{groups}"
 
 
+DIRECTIONS = ("forward", "backward")  # of a layer: its output; the gradients of its weights and of its input
+
+
 @dataclass(frozen=True)
 class Sgd:
     """The optimizer of both sides."""

@@ -60,7 +60,7 @@ def statistics(plan: Plan, name: str, x: Tensor, merged: Tensor, moments: Tensor
     args, writes = [partial, merged, control, np.int32(x.height * x.width)], [merged]
     if plan.device.doubles:
         args, writes = [*args, moments, np.float64(EPS)], [*writes, moments]
-    plan.launch(f"{name}.merge", "batchnorm_merge", (columns(plan, x),), args, writes, ALONE=int(plan.device.doubles))
+    plan.launch(f"{name}.merge", "batchnorm_merge", (columns(plan, x),), args, writes, DOUBLES=int(plan.device.doubles))
 
 
 def running(plan: Plan, name: str, x: Tensor, mean: Tensor, var: Tensor, moments: Tensor) -> None:
@@ -109,7 +109,7 @@ def add_images(plan: Plan, name: str, partial: Tensor, sums: Tensor, dbias: Tens
     if plan.device.doubles:
         args, writes = [*args, means, control, np.int32(pixels)], [*writes, means]
     items = sums.shape[1] // (1 if plan.device.vector == 1 else BLOCK)
-    plan.launch(name, "batchnorm_sum", (items,), args, writes, ALONE=int(plan.device.doubles))
+    plan.launch(name, "batchnorm_sum", (items,), args, writes, DOUBLES=int(plan.device.doubles))
 
 
 def backward(plan: Plan, name: str, terms: Sequence[Tensor], affines: Sequence[Affine], relu: bool, means: Sequence[Tensor],

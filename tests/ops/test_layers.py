@@ -7,7 +7,7 @@ import pytest
 from harness import blocked, tolerance, unblocked
 
 from dpresnet import reference
-from dpresnet.bench.our_layers import Alone, OurLayers
+from dpresnet.bench.our_layers import OurLayers, Single
 from dpresnet.bench.workload import Layer, Workload
 from dpresnet.device import Device, choose_device
 from dpresnet.model import Model
@@ -22,32 +22,33 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("lanes", [0, 1], ids=["vector", "scalar"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("layer", SHAPES, ids=str)
-def test_what_is_timed_is_the_convolution(layer, precision):
-    alone = Alone(Device(choose_device()), precision, layer)
+def test_what_is_timed_is_the_convolution(layer, precision, lanes):
+    single = Single(Device(choose_device(), vector=lanes), precision, layer)
     random, storage = np.random.default_rng(0), np.float16 if precision == "fp16" else np.float32
     x = random.standard_normal((layer.images, layer.in_channels, layer.height, layer.width)).astype(storage)
-    w = random.standard_normal(alone.weight.shape).astype(storage)
+    w = random.standard_normal(single.weight.shape).astype(storage)
     how = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
     y = reference.conv_forward(x, w, **how)
     dy = random.standard_normal(y.shape).astype(storage)
-    alone.memory.write(alone.x, blocked(x))
-    alone.memory.write(alone.dy, blocked(dy))
-    alone.memory.view(alone.weight.value)[: w.size] = w.ravel()
-    alone.memory.push(alone.weight.value)
+    single.memory.write(single.x, blocked(x))
+    single.memory.write(single.dy, blocked(dy))
+    single.memory.view(single.weight.value)[: w.size] = w.ravel()
+    single.memory.push(single.weight.value)
     for direction in ("backward", "forward", "backward", "forward"):  # in any order, and as often as one likes
-        assert alone.run(direction, 2) > 0
-    found = [(alone.y, y)]
-    if alone.dx:
-        found.append((alone.dx, reference.conv_backward_data(dy, w, x.shape, **how)))
-    assert (alone.dx is None) == layer.first
+        assert single.run(direction, 2) > 0
+    found = [(single.y, y)]
+    if single.dx:
+        found.append((single.dx, reference.conv_backward_data(dy, w, x.shape, **how)))
+    assert (single.dx is None) == layer.first
     for tensor, expected in found:
-        actual = unblocked(alone.memory.read(tensor))[:, : expected.shape[1]]
+        actual = unblocked(single.memory.read(tensor))[:, : expected.shape[1]]
         allowed = tolerance(np.dtype(storage), 9 * layer.out_channels) * np.abs(expected).max()
         np.testing.assert_allclose(actual, expected, rtol=0, atol=allowed)
     dw = reference.conv_backward_weight(dy, x, w.shape, **how)
-    actual = alone.memory.read(alone.weight.grad)[: w.size].reshape(w.shape)
+    actual = single.memory.read(single.weight.grad)[: w.size].reshape(w.shape)
     np.testing.assert_allclose(actual, dw, rtol=0, atol=tolerance(np.dtype(np.float32), y[:, 0].size) * np.abs(dw).max())
 
 
