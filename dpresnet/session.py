@@ -26,7 +26,17 @@ from dpresnet.failure import StopFlag
 from dpresnet.initial import initial_state
 from dpresnet.report import Reporter
 from dpresnet.schedule import last_step, lr_at, planned_steps
-from dpresnet.setup import build_model, check_memory, claim, find_checkpoint, from_rank_0, handshake, put_aside, resolve
+from dpresnet.setup import (
+    build_model,
+    check_memory,
+    claim,
+    find_checkpoint,
+    from_rank_0,
+    handshake,
+    odd_ranks,
+    put_aside,
+    resolve,
+)
 from dpresnet.trainer import Hyper, Outcome, Trainer
 
 SAVES_THAT_MAY_FAIL = 3  # in a row, before a full disk ends the run
@@ -212,6 +222,8 @@ class Session:
                            self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds)  # fmt: skip
         if outcome.culprit:
             self.reporter.note(f"step {progress.step} skipped: {outcome.culprit}")
+        if cfg.check_every and progress.step % cfg.check_every == 0:
+            self._compare_ranks()
         return outcome
 
     def _evaluate(self) -> Outcome:
@@ -227,8 +239,18 @@ class Session:
 
     # Leaving something behind
 
+    def _compare_ranks(self) -> None:
+        """Raises GaveUp on all ranks unless they hold the same bits: what went wrong on one of them is not saved."""
+        if self.comm.size == 1:
+            return
+        if odd := odd_ranks(self.comm.gather((self.trainer.fingerprint(), self.comm.host))):
+            saved = f"step {self.saved_step}" if self.saved_step >= 0 else "none"
+            raise GaveUp(f"after step {self.progress.step} {odd}: memory or arithmetic of a machine has failed; go on with "
+                         f"--resume auto on other machines (last checkpoint: {saved})")  # fmt: skip
+
     def _save(self, best: bool = False, required: bool = False) -> None:
         """Writes a checkpoint on rank 0. A disk that is full now may not be later, so some failures are only reported."""
+        self._compare_ranks()
         failed = from_rank_0(self.comm, lambda: self._write_checkpoint(best))
         self.failed_saves = self.failed_saves + 1 if failed else 0
         if not failed:
@@ -263,10 +285,7 @@ class Session:
         return ""
 
     def _finish(self, test: Outcome) -> None:
-        digests = self.comm.gather((self.trainer.digest(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
-        different = [rank for rank, (sha, _) in enumerate(digests) if sha != digests[0][0]]
-        if different:
-            raise RuntimeError(f"the parameters of ranks {different} differ from those of rank 0 at the end")
+        peaks = self.comm.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         cfg = self.cfg
         result = {
             "arch": cfg.arch,
@@ -280,8 +299,8 @@ class Session:
             "test_loss": test.loss / test.count,
             "images_per_s": self.trained / self.train_s if self.train_s else None,
             "wall_s": time.monotonic() - self.started_at,
-            "peak_rss_mb": max(megabytes for _, megabytes in digests),
+            "peak_rss_mb": max(peaks),
             "device": self.device.name,
-            "params_sha256": digests[0][0],
+            "params_sha256": self.trainer.digest(),
         }
         self.reporter.finished(result)

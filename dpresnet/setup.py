@@ -98,6 +98,22 @@ def handshake(comm: Comm, facts: dict[str, object]) -> None:
                               "start all ranks with the same flags, data, version and kind of device")  # fmt: skip
 
 
+def odd_ranks(found: list[tuple[bytes, str]]) -> str:
+    """Says which ranks differ from most, given the fingerprint and host of each; "" if all are alike."""
+    groups: dict[bytes, list[int]] = {}
+    for rank, (fingerprint, _) in enumerate(found):
+        groups.setdefault(fingerprint, []).append(rank)
+    most, *others = sorted(groups.values(), key=len, reverse=True)
+    if not others:
+        return ""
+    clear = len(most) > len(others[0])
+    odd = sorted(rank for group in (others if clear else groups.values()) for rank in group)
+    named = ", ".join(f"rank {rank} on {found[rank][1]}" for rank in odd)
+    if clear:
+        return f"{named} {'holds' if len(odd) == 1 else 'hold'} other parameters than the other {len(most)} ranks"
+    return f"{named} hold different parameters, and no majority tells which are right"
+
+
 def build_model(device: Device, cfg: Config, dataset: Dataset) -> Model:
     """The network of a resolved configuration, for the images of a data set.
 

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyopencl as cl
@@ -272,13 +273,19 @@ class Trainer:
 
     def digest(self) -> str:
         """SHA-256 over the fp32 parameters and running statistics in the order of their names."""
+        return self._hashed(hashlib.sha256()).hexdigest()
+
+    def fingerprint(self) -> bytes:
+        """64 bits over the same values, in less time."""
+        return self._hashed(hashlib.blake2b(digest_size=8)).digest()
+
+    def _hashed(self, total: Any) -> Any:
         self.replicas.pull_state()
         views = {name: self.replicas.parameter(name) for name in self.model.state.parameters}
         views |= {name: self.replicas.buffer(name) for name in self.model.state.buffers}
-        total = hashlib.sha256()
         for name in sorted(views):
-            total.update(np.ascontiguousarray(views[name]).tobytes())
-        return total.hexdigest()
+            total.update(np.ascontiguousarray(views[name]))
+        return total
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The trained state as a checkpoint stores it: param/, momentum/ and buffer/ by name (copies)."""

@@ -6,6 +6,7 @@ Every run here has 4 replicas of 32 digits (12 steps an epoch, the last one shor
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import h5py
@@ -224,6 +225,21 @@ def test_numerical_give_up_names_the_layer_and_saves_nothing(tmp_path):
     assert "layer2.0.conv2" in failed.stderr
     assert "replica 2" in failed.stderr
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("ranks", "flags", "step", "said"), [
+    (3, ("--check-every", "3"), 6, "rank 1 on {host} holds other parameters than the other 2 ranks"),
+    (2, ("--check-every", "0"), 8, "rank 0 on {host}, rank 1 on {host} hold different parameters, and no majority"),
+])  # fmt: skip
+def test_a_bit_that_flips_on_one_rank_is_found_and_not_saved(tmp_path, ranks, flags, step, said):
+    """Within --check-every steps, and at the latest before the next checkpoint."""
+    base = ("--replicas", str(ranks), "--batch", "8", "--steps", "12", "--save-every-steps", "4")
+    done = train(ranks, tmp_path, *flags, fault="kind=flip,rank=1,step=5", base=base)
+    assert done.returncode == 70, done.stderr
+    text = " ".join(done.stderr.split())
+    assert f"GaveUp: after step {step} {said.format(host=socket.gethostname())}" in text
+    assert "last checkpoint: step 4" in text
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*.h5")] == ["step-00000004.h5"]
 
 
 def test_damaged_checkpoints_are_passed_over(reference, tmp_path):

@@ -10,6 +10,8 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
+
 from dpresnet import train
 
 FAULT = dict(part.split("=") for part in os.environ.get("FAULT", "kind=none").split(","))
@@ -32,6 +34,9 @@ def before_step(trainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     if KIND == "bad-weight":
         trainer.replicas.parameter("layer2.0.conv2.weight")[0, 0, 0, 0] = float("nan")
+        trainer.replicas.push_state()
+    if KIND == "flip":  # one bit of the mantissa of one weight
+        trainer.replicas.parameter("layer2.0.conv2.weight").reshape(-1).view(np.uint32)[7] ^= 1 << 12
         trainer.replicas.push_state()
     if KIND == "sleep":
         time.sleep(1e6)
