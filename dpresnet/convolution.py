@@ -12,6 +12,7 @@ import numpy as np
 
 from dpresnet.device import BLOCK
 from dpresnet.plan import Constant, blocks_of
+from dpresnet.shape import ConvShape
 from dpresnet.tiles import SHIPPED, SHIPPED_ONLY, Sizes, Tuned
 
 MOST_LOCAL_BYTES = 2**20  # more would leave the second-level cache
@@ -114,18 +115,9 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Conv:
-    """The shape of one convolution; the weights are [out_channels, in_channels / groups, kernel, kernel]."""
+class Conv(ConvShape):
+    """A convolution on a device."""
 
-    images: int
-    in_channels: int
-    out_channels: int
-    height: int
-    width: int
-    kernel: int
-    stride: int
-    padding: int
-    groups: int
     vector: int  # lanes of the vectors it is computed with
     local_bytes: int  # local memory of a work-group
     units: int = 1  # that compute at once: the work is divided among them

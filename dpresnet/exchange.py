@@ -48,8 +48,6 @@ class TreeExchange:
             tree.fold(*node, lambda lo, hi: rows[lo - leaf] if hi - lo == 1 else None, combine)
             for node in self._nodes[self._comm.rank]
         ]
-        if self._comm.size == 1:  # its one node is the root
-            return mine[0]
         message = np.zeros((self._most, rows[0].size))
         message[: len(mine)] = mine
         gathered = self._comm.allgather(message)

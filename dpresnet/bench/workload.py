@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpresnet.errors import Refused
+from dpresnet.shape import ConvShape
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,9 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One convolution: x [images, in_channels, height, width], weights [out_channels, in_channels / groups, kernel, kernel].
+class Layer(ConvShape):
+    """One convolution of a network. The ``first`` one computes no gradient of its input."""
 
-    The ``first`` one of a network computes no gradient of its input.
-    """
-
-    images: int
-    in_channels: int
-    out_channels: int
-    height: int
-    width: int
-    kernel: int
-    stride: int
-    padding: int
-    groups: int
     first: bool
 
     def __str__(self) -> str:
