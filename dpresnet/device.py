@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import warnings
 from contextlib import suppress
 from functools import cache, cached_property
@@ -17,30 +16,13 @@ from importlib.resources import files
 import numpy as np
 import pyopencl as cl
 
-from dpresnet import tiles
+from dpresnet import pocl, tiles
 from dpresnet.errors import Refused
 
 BLOCK = 16  # neighbouring channels stored together, see kernels/common.cl
 HEADERS = {"conv": ("tile", "convolution", "packing"), "winograd": ("tile", "transform")}  # of sources, beside common.cl
 TUNED = ("conv", "winograd")  # stems whose kernels have sizes that can be measured, see `dpresnet.tiles`
 ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most 4096 bits)
-
-
-# For PoCL, whose compiler may be older than the CPU and take it for one without AVX-512: every function says what it is
-# compiled for. The function from which PoCL calls a kernel does not, and would be given the code of the kernel: with a label
-# whose address is taken a kernel stays a function of its own.
-AVX512 = """#if defined(__AVX512F__) || !defined(__x86_64__)
-#define APART
-#else
-#define AVX512
-#define APART volatile ulong apart; apart: apart = (ulong)&&apart;
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq"))), apply_to = function)
-#endif
-SOURCE
-#ifdef AVX512
-#pragma clang attribute pop
-#endif
-"""
 
 
 def list_devices() -> list[cl.Device]:
@@ -101,11 +83,6 @@ def tuned_kernels() -> str:
     return hashlib.sha256("".join(map(kernel_source, TUNED)).encode()).hexdigest()[:12]
 
 
-def for_avx512(source: str) -> str:
-    """A source whose kernels PoCL compiles for AVX-512, see `AVX512`."""
-    return AVX512.replace("SOURCE", re.sub(r"\b__kernel\b[^{]*{", r"\g<0> APART", source))
-
-
 class BuildError(RuntimeError):
     """A kernel did not compile; the message holds the options and the compiler's log."""
 
@@ -121,6 +98,7 @@ class Device:
     def __init__(self, cl_device: cl.Device, profile: bool = False, vector: int = 0):
         self.cl = cl_device
         self._asked = vector
+        pocl.name_cpu(cl_device)
         self.context = cl.Context([cl_device])
         properties = cl.command_queue_properties.PROFILING_ENABLE if profile else 0
         self.queue = cl.CommandQueue(self.context, properties=properties)
@@ -176,8 +154,8 @@ class Device:
         key = " ".join([stem, *options])
         if key not in self._programs:
             source = kernel_source(stem)
-            wide = self.vector == 16 and "Portable Computing Language" in self.cl.platform.name
-            self._programs[key] = self._build(key, for_avx512(source) if wide else source, options)
+            wide = self.vector == 16 and pocl.is_pocl(self.cl)
+            self._programs[key] = self._build(key, pocl.for_avx512(source) if wide else source, options)
         return self._programs[key]
 
     def _build(self, key: str, source: str, options: list[str]) -> cl.Program:

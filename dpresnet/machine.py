@@ -132,9 +132,23 @@ def probe_opencl() -> dict[str, Any]:
 
 def probe_compiler() -> dict[str, Any]:
     """Builds and runs a small kernel on the device that training chooses by itself."""
-    from dpresnet.device import Device, choose_device
+    import numpy as np
+    import pyopencl as cl
+
+    from dpresnet.device import BLOCK, Device, choose_device
 
     device = Device(choose_device())
+    memory = [device.arena(4 * BLOCK) for _ in range(3)]
+    a, b, y = (array.view(0, (BLOCK,), np.float32) for array in memory)
+    a[:], b[:] = np.arange(BLOCK), 1
+    for array in memory:
+        array.push(0, 4 * BLOCK)
+    kernel = cl.Kernel(device.program("residual", HALF=0, VEC=device.vector), "residual_add")
+    kernel.set_args(np.int32(BLOCK), *(array.buffer(0, 4 * BLOCK) for array in memory))
+    device.enqueue(kernel, (BLOCK // device.vector,))
+    memory[2].pull(0, 4 * BLOCK)
+    if not np.array_equal(y, a + b):
+        raise RuntimeError(f"wrong result of a kernel on {device.name}: {a} + {b} gave {y}")
     return {"device": device.name, "lanes": device.vector, "tuned": str(device.tuned)}
 
 
@@ -209,12 +223,12 @@ def run_child(argv: list[str], extra: Mapping[str, str], limit: float = CHILD_LI
 
 
 def reason(code: int | None, err: str) -> str:
-    """One line about a child that failed: the last thing it said, or how it ended."""
+    """One line about a child that failed: a compiler's first error, the last thing it said, or how it ended."""
     if code is None:
         return f"no answer within {CHILD_LIMIT_S} s"
     said = [line.strip() for line in err.splitlines() if line.strip(" -=")]
     if said:
-        return said[-1]
+        return next((line for line in said if line.startswith("error: ")), said[-1])
     return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 

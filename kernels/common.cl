@@ -6,7 +6,7 @@
 // HALF   1: activations and their gradients are stored as fp16; 0: as fp32. Arithmetic is fp32 either way.
 // VEC    lanes of the vectors the device computes with: 16 (AVX-512), 8 (AVX2, NEON pairs), 1 (a GPU: lanes are work-items).
 // ITEMS  vectors that one work-item of an elementwise kernel handles, one after the other.
-// AVX512 defined where the build made the compiler target AVX-512, see `AVX512` in dpresnet/device.py.
+// AVX512 defined where the build made the compiler target AVX-512, see `AVX512` in dpresnet/pocl.py.
 #ifndef HALF
 #define HALF 0
 #endif

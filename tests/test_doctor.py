@@ -150,6 +150,26 @@ def test_children_that_hang_or_crash_become_one_line(tmp_path):
     assert machine.reason(code, err) == "exit code 3"
 
 
+def test_the_reason_of_a_failed_build_is_what_the_compiler_says():
+    log = "Traceback:\nBuild on X:\nerror: unknown CPU\nfailed to build\n(options: -D)"
+    assert machine.reason(1, log) == "error: unknown CPU"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [("STORE(LOAD(a + i), y + i);", "wrong result of a kernel"), ("undeclared;", "undeclared")]
+)
+def test_a_device_that_builds_or_computes_wrongly_is_found(wrong, said, monkeypatch):
+    """The compiler's probe really builds a kernel, and looks at what it computes."""
+    from dpresnet import device
+
+    source = device.kernel_source
+    right = "STORE(LOAD(a + i) + LOAD(b + i), y + i);"
+    assert right in source("residual")
+    monkeypatch.setattr(device, "kernel_source", lambda stem: source(stem).replace(right, wrong))
+    with pytest.raises((RuntimeError, device.BuildError), match=said):
+        machine.probe_compiler()
+
+
 def test_registered_drivers(tmp_path, monkeypatch):
     (tmp_path / "good.icd").write_text(f"{tmp_path}/good.icd\n")
     (tmp_path / "gone.icd").write_text("/not/there/libfoo.so\n")
