@@ -58,17 +58,27 @@ void winograd_multiply(__local const float *restrict x, __global const float *re
 
 // Fetches pixel `point` of the 4x4 outputs of each of some tiles, from `first` to `last`, of the blocks from `block` on, or of an
 // input the pixel at that place: of neighbouring tiles these are all pixels. Later points fetch nothing, and what lies beyond
-// an image is fetched in vain. Spread over the points that are multiplied: memory would be too slow for all of it at once.
+// an image is fetched in vain. Spread over the points that are multiplied: memory would be too slow for all of it at once. It goes
+// from tile to tile by additions: a division for each of so many pixels would cost more than the multiplications.
 void winograd_fetch(__global const act *restrict array, const int all_blocks, const int height, const int width, const int first,
                     const int last, const int block, const int blocks, const int point, const Geometry g)
 {
     if (point >= OUT * OUT) return;
-    const int image_tiles = g.tile_rows * g.tile_cols;
-    for (int t = first; t < last; t++) {
-        const int n = t / image_tiles, place = t % image_tiles;
-        const int row = place / g.tile_cols * OUT + point / OUT, col = place % g.tile_cols * OUT + point % OUT;
-        for (int i = block; i < block + blocks; i++)
-            PREFETCH_LATER(array + ((((long)n * all_blocks + i) * height + row) * width + col) * BLOCK);
+    const int image_tiles = g.tile_rows * g.tile_cols, n = first / image_tiles, place = first % image_tiles;
+    const int top = place / g.tile_cols, left = place % g.tile_cols;
+    const long line = (long)OUT * (width - g.tile_cols) * BLOCK;  // from behind a row of tiles to the next one
+    const long image = (long)(all_blocks * height - g.tile_rows * OUT) * width * BLOCK;
+    for (int i = block; i < block + blocks; i++) {
+        __global const act *pixel = array + ((((long)n * all_blocks + i) * height + top * OUT + point / OUT) * width
+                                             + left * OUT + point % OUT) * BLOCK;
+        for (int t = first, row = top, col = left; t < last; t++) {
+            PREFETCH_LATER(pixel);
+            pixel += OUT * BLOCK;
+            if (++col < g.tile_cols) continue;
+            col = 0, pixel += line;
+            if (++row < g.tile_rows) continue;
+            row = 0, pixel += image;
+        }
     }
 }
 
