@@ -32,9 +32,9 @@ float conv_pack_value(__global const float *restrict master, const int o, const 
 void conv_pack_store(const vec value, __global float *restrict out)
 {
 #if HALF
-    STREAMF(ROUND_HALF(value), out);
+    STOREF(ROUND_HALF(value), out);
 #else
-    STREAMF(value, out);
+    STOREF(value, out);
 #endif
 }
 
