@@ -13,7 +13,7 @@ import numpy as np
 from dpresnet.device import BLOCK
 from dpresnet.plan import Constant, blocks_of
 from dpresnet.shape import ConvShape
-from dpresnet.tiles import SHIPPED, SHIPPED_ONLY, Sizes, Tuned
+from dpresnet.tiles import SHIPPED_ONLY, Sizes, Tuned, shipped
 
 MOST_LOCAL_BYTES = 2**20  # more would leave the second-level cache
 MOST_SEGMENTS = 64  # see conv_weight_reduce
@@ -176,7 +176,7 @@ class Conv(ConvShape):
     def sizes(self, kernel: str, transposed: bool = False) -> Sizes:
         """What a launch of this kernel is divided into: as measured on this device, or as shipped for its kind."""
         found = self.tuned.find(self, kernel, transposed) if self.vector > 1 else None
-        return found or SHIPPED[self.vector][kernel][self.tile_vectors(transposed)]
+        return found or shipped(self.vector, kernel, self.tile_vectors(transposed), self.kernel)
 
     @property
     def shipped(self) -> Conv:

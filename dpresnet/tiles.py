@@ -99,6 +99,15 @@ SHIPPED: dict[int, dict[str, dict[int, Sizes]]] = {
     },
 }
 
+# The same for 1x1 windows, where others are better: by lanes, kernel, and vectors of output channels of a register tile.
+SHIPPED_1X1: dict[int, dict[str, dict[int, Sizes]]] = {16: {"conv_gather": {2: DirectGather(7, 192, 4)}}}
+
+
+def shipped(lanes: int, kernel: str, vectors: int, window: int) -> Sizes:
+    """The sizes of a launch that has not been measured."""
+    usual = SHIPPED[lanes][kernel][vectors]
+    return SHIPPED_1X1.get(lanes, {}).get(kernel, {}).get(vectors, usual) if window == 1 else usual
+
 
 @dataclass(frozen=True)
 class Tuned:
