@@ -66,7 +66,10 @@ class Config:
     batch: int = _flag(32, "run", "samples per replica and step", least=1)
     replicas: int = _flag(0, "run", "replicas in all, a multiple of the ranks: they fix the arithmetic, the ranks "
                           "only the speed; 0: one per rank", least=0)
-    bn: str = _flag("sync", "run", "batch norm statistics: of all replicas or of each", choices=("sync", "local"))
+    accumulate: int = _flag(1, "run", "micro-batches per step: their gradients are added before the replicas "
+                            "exchange them", least=1)
+    bn: str = _flag("sync", "run", "batch norm statistics: of all replicas (sync), of each (local), or of every K neighbouring "
+                    "ones (group:K)", metavar="sync|local|group:K")
     precision: str = _flag("fp16", "run", "storage of activations and working weights; sums and masters are fp32",
                            choices=("fp16", "fp32"))
     epochs: int = _flag(25, "run", "passes over the training set", least=1)
@@ -74,7 +77,7 @@ class Config:
     seed: int = _flag(0, "run", "fixes initial weights, order of samples and augmentation", least=0, most=2**32 - 1)
 
     lr: float = _flag(0.4, "optimisation", "peak learning rate per 256 samples of global batch: a step uses "
-                      "lr * replicas * batch / 256", least=0.0)
+                      "lr * replicas * batch * accumulate / 256", least=0.0)
     schedule: str = _flag("cosine", "optimisation", "after the warm-up: to 0 along a cosine, constant, or x0.1 at 1/2 "
                           "and 3/4 of the run", choices=("cosine", "constant", "step"))
     warmup_epochs: float = _flag(2.0, "optimisation", "linear warm-up", least=0.0, shown="2.0, at most half the run")
@@ -263,7 +266,7 @@ def _check_model(cfg: Config) -> None:
 
 def _check_statistics(cfg: Config) -> None:
     """The variance of a single value is 0, so every normalised activation would be a constant."""
-    sharing = cfg.replicas if cfg.bn == "sync" else 1
+    sharing = statistics_group(cfg.bn, cfg.replicas)
     if cfg.dataset == "synthetic" and cfg.batch * sharing * _smallest_map(cfg) ** 2 == 1:
         _refuse(cfg, "image", "leaves batch norm one value per channel in the last layers: raise --image or --batch")
 
@@ -273,6 +276,24 @@ def _smallest_map(cfg: Config) -> int:
     stem = 1 if cfg.stem == "cifar" else 4
     stages = 8 if cfg.arch in IMAGENET_ARCHS else 4
     return math.ceil(cfg.image / (stem * stages))
+
+
+def statistics_group(bn: str, replicas: int) -> int:
+    """How many neighbouring replicas normalise with common statistics; 0 for all of an unknown number."""
+    word, _, size = bn.partition(":")
+    if bn in ("sync", "local"):
+        return replicas if bn == "sync" else 1
+    if word != "group" or not size.isdecimal() or int(size) < 1:
+        near = _nearest(word, ("sync", "local", "group:K"))
+        raise Refused(f"--bn {bn!r} is none of sync, local, group:K with K replicas{near}")
+    if replicas % int(size):
+        raise Refused(f"--bn {bn!r} does not divide {replicas} replicas: use a divisor")
+    return int(size)
+
+
+def global_batch(cfg: Config) -> int:
+    """Samples of a step, over all replicas of a resolved configuration."""
+    return cfg.replicas * cfg.batch * cfg.accumulate
 
 
 # ------------------------------------------------------------------------------- what is written, what is fixed

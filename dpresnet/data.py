@@ -6,7 +6,7 @@ run resumes in mid-epoch exactly, and any number of ranks sees the same samples 
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -62,9 +62,9 @@ def _random_bits(n: int, key: tuple[int, int]) -> np.ndarray:
     return np.random.Philox(key=np.array(key, np.uint64)).random_raw(n)
 
 
-def steps_per_epoch(samples: int, replicas: int, batch: int) -> int:
-    """The number of global batches of ``replicas * batch``, the last of which may be short."""
-    return -(-samples // (replicas * batch))
+def steps_per_epoch(samples: int, batch: int) -> int:
+    """The number of global batches of ``batch`` samples, the last of which may be short."""
+    return -(-samples // batch)
 
 
 class Shard(NamedTuple):
@@ -81,6 +81,18 @@ class Batch(NamedTuple):
     step: int
     shards: list[Shard]
     count: int
+
+
+def in_steps(batches: Iterable[Batch], accumulate: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each step: ``accumulate`` of them, fewer at the end of an epoch."""
+    step: list[Batch] = []
+    for batch in batches:
+        step.append(batch)
+        if len(step) == accumulate:
+            yield step
+            step = []
+    if step:
+        yield step
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +121,7 @@ class Loader:
     @property
     def steps(self) -> int:
         """The steps of the whole epoch, whatever ``start`` is."""
-        return steps_per_epoch(len(self.order), self.replicas, self.batch)
+        return steps_per_epoch(len(self.order), self.replicas * self.batch)
 
     def __len__(self) -> int:
         """The steps that are left."""

@@ -14,6 +14,7 @@ from dpresnet import tree
 from dpresnet.comm import Comm
 
 Combine = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Node = tuple[int, int]
 
 
 def add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -32,24 +33,47 @@ def merge_moments(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 class TreeExchange:
-    """Combines one row of float64 per replica over all ``replicas``, of which each rank owns an equal, contiguous range."""
+    """Combines one row of float64 per replica over groups of ``group`` neighbouring replicas, by default over all ``replicas``,
+    of which each rank owns an equal, contiguous range. A group may lie on several ranks, and a rank hold several groups.
+    """
 
-    def __init__(self, comm: Comm, replicas: int):
-        local = replicas // comm.size
-        self._comm, self._replicas = comm, replicas
+    def __init__(self, comm: Comm, replicas: int, group: int = 0):
+        local, group = replicas // comm.size, group or replicas
+        self._comm, self._group = comm, group
         self.own = range(comm.rank * local, (comm.rank + 1) * local)
-        self._nodes = [tree.maximal_nodes(replicas, r * local, (r + 1) * local) for r in range(comm.size)]
+        self._nodes = [group_nodes(group, r * local, (r + 1) * local) for r in range(comm.size)]
+        self._shared = local % group > 0  # some group lies on several ranks
         self._most = max(map(len, self._nodes))
 
     def combine(self, rows: list[np.ndarray], combine: Combine) -> np.ndarray:
-        """The root of the tree over the rows [n] of all replicas; ``rows`` are those of this rank."""
-        leaf = self.own.start
-        mine = [
-            tree.fold(*node, lambda lo, hi: rows[lo - leaf] if hi - lo == 1 else None, combine)
-            for node in self._nodes[self._comm.rank]
-        ]
-        message = np.zeros((self._most, rows[0].size))
-        message[: len(mine)] = mine
+        """The root of the tree over the rows [n] of all replicas, the only group; ``rows`` are those of this rank."""
+        return self.combine_groups(rows, combine)[0]
+
+    def combine_groups(self, rows: list[np.ndarray], combine: Combine) -> list[np.ndarray]:
+        """For each replica of this rank the root of the tree over its group."""
+        known = {(v, v + 1): row for v, row in zip(self.own, rows, strict=True)}
+        if self._shared:
+            mine = self._nodes[self._comm.rank]
+            known = self._gathered([self._fold(node, known, combine) for node in mine])
+        first = [v - v % self._group for v in self.own]
+        roots = {start: self._fold((start, start + self._group), known, combine) for start in set(first)}
+        return [roots[start] for start in first]
+
+    def _fold(self, node: Node, known: dict[Node, np.ndarray], combine: Combine) -> np.ndarray:
+        return tree.fold(*node, lambda lo, hi: known.get((lo, hi)), combine)
+
+    def _gathered(self, values: list[np.ndarray]) -> dict[Node, np.ndarray]:
+        """The nodes that all ranks hand over, in one message each."""
+        message = np.zeros((self._most, values[0].size))
+        message[: len(values)] = values
         gathered = self._comm.allgather(message)
-        known = {node: gathered[r, i] for r, nodes in enumerate(self._nodes) for i, node in enumerate(nodes)}
-        return tree.fold(0, self._replicas, lambda lo, hi: known.get((lo, hi)), combine)
+        return {node: gathered[r, i] for r, nodes in enumerate(self._nodes) for i, node in enumerate(nodes)}
+
+
+def group_nodes(group: int, lo: int, hi: int) -> list[Node]:
+    """The maximal nodes inside [lo, hi) of the trees over neighbouring groups of replicas."""
+    return [
+        (start + a, start + b)
+        for start in range(lo - lo % group, hi, group)
+        for a, b in tree.maximal_nodes(group, lo - start, hi - start)
+    ]

@@ -15,7 +15,7 @@ from dpresnet.resnet import Options, resnet
 from dpresnet.state import FLOAT, Parameter, State
 
 SHARED = ("parameter", "momentum", "buffer", "update")  # homes that the replicas of a process have in common
-PRIVATE = ("work", "gradient", "statistic", "io")
+PRIVATE = ("work", "gradient", "accumulated", "statistic", "io")
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Model:
     """Everything about a network that does not change while it trains.
 
     ``image`` is (channels, height, width), ``batch`` the images per replica. ``pixels`` says how 8-bit images are normalised;
-    None means that fp32 images arrive as they are.
+    None means that fp32 images arrive as they are. With ``accumulate`` there is room for the sum of several micro-batches.
     """
 
     def __init__(self, device: Device, arch: str, options: Options, image: tuple[int, int, int], batch: int,
-                 precision: str, smoothing: float = 0.0, pixels: Pixels | None = None):  # fmt: skip
+                 precision: str, smoothing: float = 0.0, pixels: Pixels | None = None, accumulate: bool = False):  # fmt: skip
         self.device, self.arch, self.options, self.image = device, arch, options, image
         self.batch, self.precision = batch, precision
         self.state = State()
@@ -69,6 +69,9 @@ class Model:
         self.bytes = self._place()
         self.hyper = Tensor("hyper", (1,), sgd.HYPER, "update", place=(0, 0))
         self.update = self._record_update()
+        self.bytes["accumulated"] = self.bytes["gradient"] if accumulate else []
+        self.accumulate = [self._record_accumulation(fresh) for fresh in (True, False)] if accumulate else []
+        self.complete: list[Plan] = []  # by bucket
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -88,6 +91,8 @@ class Model:
     def set_buckets(self, buckets: list[range]) -> None:
         """Marks in the training plan where each bucket (a range of `gradients`) is complete."""
         insert_ready(self.train.plan, [[self.gradients[i] for i in bucket] for bucket in buckets])
+        if self.accumulate:
+            self.complete = [self._record_completion(self.gradient_slice(bucket)) for bucket in buckets]
 
     def gradient_slice(self, bucket: range) -> slice:
         """The elements of the gradient arena that a bucket covers."""
@@ -119,7 +124,7 @@ class Model:
     def _record_update(self) -> Plan:
         plan = Plan(self.device, self.precision)
         elements = self.bytes["gradient"][0] // 4
-        whole = {home: Tensor(home, (elements,), FLOAT, home, place=(0, 0)) for home in ("parameter", "gradient", "momentum")}
+        whole = {home: self._part(home, slice(0, elements)) for home in ("parameter", "gradient", "momentum")}
         sgd.update(plan, "update", whole["parameter"], whole["gradient"], whole["momentum"], self.hyper)
         self.check = Plan(self.device, self.precision)
         items = sgd.check_items(plan, elements)
@@ -127,6 +132,22 @@ class Model:
         sgd.check(self.check, "check", whole["gradient"], self.found)
         self.bytes["update"] = [aligned(self.hyper.nbytes) + aligned(self.found.nbytes)]
         return plan
+
+    def _record_accumulation(self, fresh: bool) -> Plan:
+        """Adds the gradients of a micro-batch to those before, of which there are none if it is ``fresh``."""
+        plan = Plan(self.device, self.precision)
+        whole = slice(0, self.bytes["gradient"][0] // 4)
+        sgd.accumulate(plan, "accumulate", self._part("gradient", whole), self._part("accumulated", whole), fresh)
+        return plan
+
+    def _record_completion(self, part: slice) -> Plan:
+        """Adds the micro-batches before to the last one's gradients of a bucket."""
+        plan = Plan(self.device, self.precision)
+        sgd.complete(plan, "complete", self._part("gradient", part), self._part("accumulated", part))
+        return plan
+
+    def _part(self, home: str, part: slice) -> Tensor:
+        return Tensor(home, (part.stop - part.start,), FLOAT, home, place=(0, 4 * part.start))
 
     def _place(self) -> dict[str, list[int]]:
         """Places every tensor; returns the bytes of the chunks of each home."""

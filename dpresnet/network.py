@@ -14,6 +14,7 @@ import numpy as np
 
 from dpresnet.amp import LossScaler
 from dpresnet.comm import Solo
+from dpresnet.config import statistics_group
 from dpresnet.device import Device, choose_device
 from dpresnet.errors import Refused
 from dpresnet.initial import initial_state
@@ -33,9 +34,8 @@ class Network:
     def __init__(self, arch: str, *, num_classes: int = 1000, image: tuple[int, int, int] = (3, 224, 224), batch: int = 8,
                  precision: str = "fp16", device: str = "auto", seed: int = 0, replicas: int = 1, bn: str = "sync",
                  label_smoothing: float = 0.0, loss_scale: float = 1024.0, **options: object):  # fmt: skip
-        for name, value, choices in (("precision", precision, ("fp16", "fp32")), ("bn", bn, ("sync", "local"))):
-            if value not in choices:
-                raise Refused(f"{name} {value!r}: choose {' or '.join(choices)}")
+        if precision not in ("fp16", "fp32"):
+            raise Refused(f"precision {precision!r}: choose fp16 or fp32")
         for name, value in {"batch": batch, "replicas": replicas, "image": min(image), "loss_scale": loss_scale}.items():
             if value < 1:
                 raise Refused(f"{name} {value}: at least 1")
@@ -45,7 +45,7 @@ class Network:
         chosen = Options(num_classes=num_classes, **options)
         self.model = Model(self.device, arch, chosen, tuple(image), batch, precision, label_smoothing)
         scaler = LossScaler(scale=loss_scale) if precision == "fp16" else LossScaler.disabled()
-        self.trainer = Trainer(self.model, Solo(), replicas, sync=bn == "sync", scaler=scaler)
+        self.trainer = Trainer(self.model, Solo(), replicas, group=statistics_group(bn, replicas), scaler=scaler)
         self.batch, self.num_classes = batch, num_classes
         self.trainer.restore(initial_state(self.model.state, seed))
 
@@ -122,11 +122,11 @@ class Network:
         """
         images = self._images(images)
         batches = self._split(images, self._labels(labels, len(images)))
-        outcome = self.trainer.step(batches, len(images), lr, Hyper(momentum, weight_decay, nesterov))
+        outcome = self.trainer.step([batches], len(images), lr, Hyper(momentum, weight_decay, nesterov))
         return outcome.loss / outcome.count
 
     def _training_pass(self, batches: list[tuple], count: int) -> None:
-        self.trainer.forward_backward(batches, count)
+        self.trainer.forward_backward([batches], count)
         self.trainer.commit_running_statistics()
 
     def _images(self, images: np.ndarray) -> np.ndarray:

@@ -22,13 +22,15 @@ Handler = Callable[..., None]
 class NonFinite:
     """An infinity or NaN that an entry wrote; ``index`` counts entries of the plan, ``replica`` counts all replicas."""
 
+    micro_batch: int
     index: int
     replica: int
     name: str
     tensor: str
 
     def __str__(self) -> str:
-        return f"entry {self.index} ({self.name}) of replica {self.replica} wrote a non-finite value into {self.tensor}"
+        where = f" in micro-batch {self.micro_batch}" if self.micro_batch else ""
+        return f"entry {self.index} ({self.name}) of replica {self.replica} wrote a non-finite value into {self.tensor}{where}"
 
 
 @dataclass
@@ -54,6 +56,9 @@ class Replicas:
             memory = Memory({**shared, **{home: self._arenas(home) for home in PRIVATE}})
             plans = (model.train.plan, model.evaluate.plan, model.evaluate.prepare)
             self.all.append(Replica(number, memory, {plan: bind(plan, memory, constants) for plan in plans}))
+        for replica in self.all:
+            for plan in (*model.accumulate, *model.complete):
+                replica.kernels[plan] = bind(plan, replica.memory, constants)
         leader = self.all[0]
         for plan in (model.update, model.check):
             leader.kernels[plan] = bind(plan, leader.memory, constants)
@@ -74,6 +79,14 @@ class Replicas:
         """Replays a plan on what the replicas share."""
         for launch, kernel in zip(plan, self.all[0].kernels[plan], strict=True):
             self.enqueue(launch, kernel)
+
+    def run_each(self, plan: Plan) -> cl.Event:
+        """Replays a plan without exchanges on every replica; the event of the last launch."""
+        event = None
+        for replica in self.all:
+            for launch, kernel in zip(plan, replica.kernels[plan], strict=True):
+                event = self.enqueue(launch, kernel)
+        return event
 
     def run(self, recorded: Recorded, exchange: Handler, ready: Handler, check: bool = False) -> NonFinite | None:
         """Replays a plan on every replica, prepared where that is needed.
@@ -114,7 +127,7 @@ class Replicas:
             for tensor in entry.writes:
                 values = replica.memory.read(tensor)
                 if values.dtype.kind == "f" and not np.isfinite(values).all():
-                    return NonFinite(index, replica.number, entry.name, tensor.name)
+                    return NonFinite(0, index, replica.number, entry.name, tensor.name)
         return None
 
     def warm(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 
-from dpresnet.config import Config
+from dpresnet.config import Config, global_batch
 
 
 def planned_steps(cfg: Config, steps_per_epoch: int) -> int:
@@ -19,7 +19,7 @@ def last_step(cfg: Config, steps_per_epoch: int) -> int:
 def lr_at(cfg: Config, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Learning rate of step `step` (from 0) of a schedule over `total_steps`, see `planned_steps`.
 
-    The peak grows with the global batch, lr * replicas * batch / 256, and is reached in equal increments over the
+    The peak grows with the global batch, lr * global batch / 256, and is reached in equal increments over the
     warm-up (Goyal et al. 2017, sections 2.1 and 2.2). The warm-up divides by w + 1 so that step w, the first one after
     it, is the first to run at the peak.
     """
@@ -32,7 +32,7 @@ def lr_at(cfg: Config, step: int, steps_per_epoch: int, total_steps: int) -> flo
 def _peak(cfg: Config) -> float:
     if cfg.replicas < 1:
         raise ValueError("the schedule needs a resolved configuration: replicas is still 0")
-    return cfg.lr * cfg.replicas * cfg.batch / 256
+    return cfg.lr * global_batch(cfg) / 256
 
 
 def _decay(schedule: str, step: int, warmup: int, total_steps: int) -> float:

@@ -18,8 +18,8 @@ import numpy as np
 from dpresnet import __version__, checkpoint
 from dpresnet.amp import LossScaler
 from dpresnet.comm import Comm
-from dpresnet.config import Config, check_resume, digest, from_json, to_json
-from dpresnet.data import Batch, Loader, load, order, steps_per_epoch
+from dpresnet.config import Config, check_resume, digest, from_json, global_batch, statistics_group, to_json
+from dpresnet.data import Batch, Loader, in_steps, load, order, steps_per_epoch
 from dpresnet.device import Device, candidates
 from dpresnet.errors import GaveUp, Refused, Stopped
 from dpresnet.failure import StopFlag
@@ -85,7 +85,7 @@ class Session:
         self._ranks_on_device = -(-comm.local_size // len(devices))
         self.trainer = self._in_turn(self._build)
         handshake(comm, self._facts())
-        self.steps_per_epoch = steps_per_epoch(len(self.dataset.train), cfg.replicas, cfg.batch)
+        self.steps_per_epoch = steps_per_epoch(len(self.dataset.train), global_batch(cfg))
         self.total = planned_steps(cfg, self.steps_per_epoch)
         self.last = last_step(cfg, self.steps_per_epoch)
         self.progress = self._restore(saved)
@@ -109,7 +109,7 @@ class Session:
         model = build_model(self.device, cfg, self.dataset)
         check_memory(model, cfg.replicas // self.comm.size, self._ranks_on_device)
         scaler = LossScaler() if cfg.precision == "fp16" else LossScaler.disabled()
-        return Trainer(model, self.comm, cfg.replicas, sync=cfg.bn == "sync", scaler=scaler,
+        return Trainer(model, self.comm, cfg.replicas, group=statistics_group(cfg.bn, cfg.replicas), scaler=scaler,
                        first_bucket_mb=cfg.first_bucket_mb, bucket_mb=cfg.bucket_mb, check=cfg.debug)  # fmt: skip
 
     def _in_turn(self, build: Callable[[], Trainer]) -> Trainer:
@@ -170,10 +170,11 @@ class Session:
         """The rest of the current epoch; returns the test result if it was completed."""
         epoch, start = divmod(self.progress.step, self.steps_per_epoch)
         samples = order(self.cfg.seed, epoch, len(self.dataset.train))
-        replicas, batch_size = self.cfg.replicas, self.cfg.batch
+        replicas, batch_size, accumulate = self.cfg.replicas, self.cfg.batch, self.cfg.accumulate
         test = None
-        for batch in Loader(self.dataset.train, samples, replicas, batch_size, self.trainer.replicas_range, start):
-            outcome = self._step(epoch, batch, stop)
+        loader = Loader(self.dataset.train, samples, replicas, batch_size, self.trainer.replicas_range, start * accumulate)
+        for micro_batches in in_steps(loader, accumulate):
+            outcome = self._step(epoch, micro_batches, stop)
             record = False
             if self.progress.step % self.steps_per_epoch == 0:
                 test = self._evaluate()
@@ -207,13 +208,14 @@ class Session:
         if stop:
             raise Stopped(f"stopped on request after step {step}; --resume auto goes on from there")
 
-    def _step(self, epoch: int, batch: Batch, stop: StopFlag) -> Outcome:
+    def _step(self, epoch: int, micro_batches: list[Batch], stop: StopFlag) -> Outcome:
         """One training step and its line in the report."""
         cfg, progress, began = self.cfg, self.progress, time.monotonic()
         scaler = self.trainer.scaler
         lr = lr_at(cfg, progress.step - scaler.skipped, self.steps_per_epoch, self.total)
         hyper = Hyper(cfg.momentum, cfg.weight_decay, cfg.nesterov)
-        outcome = self.trainer.step(batch.shards, batch.count, lr, hyper, seed=cfg.seed, epoch=epoch, stop=stop.requested)
+        shards, count = [batch.shards for batch in micro_batches], sum(batch.count for batch in micro_batches)
+        outcome = self.trainer.step(shards, count, lr, hyper, seed=cfg.seed, epoch=epoch, stop=stop.requested)
         progress.count(outcome)
         seconds = time.monotonic() - began
         self.train_s += seconds

@@ -17,7 +17,7 @@ from dpresnet.config import Config, validate
 from dpresnet.data import Dataset
 from dpresnet.device import Device
 from dpresnet.errors import GaveUp, Refused
-from dpresnet.model import Model, Pixels
+from dpresnet.model import PRIVATE, Model, Pixels
 from dpresnet.resnet import Options, resolve_shortcut
 
 T = TypeVar("T")
@@ -123,12 +123,13 @@ def build_model(device: Device, cfg: Config, dataset: Dataset) -> Model:
     channels, height, _ = dataset.shape
     pixels = Pixels(dataset.mean, dataset.std, padding=max(1, height // 8), flip=channels == 3)
     options = Options(cfg.num_classes, cfg.stem, cfg.shortcut, cfg.block, cfg.zero_init_residual)
-    return Model(device, cfg.arch, options, dataset.shape, cfg.batch, cfg.precision, cfg.label_smoothing, pixels)
+    return Model(device, cfg.arch, options, dataset.shape, cfg.batch, cfg.precision, cfg.label_smoothing, pixels,
+                 accumulate=cfg.accumulate > 1)  # fmt: skip
 
 
 def check_memory(model: Model, replicas: int, ranks_on_device: int) -> None:
     """Refuses ``replicas`` replicas on each of the ranks of a device if they cannot fit, before anything is allocated."""
-    private = sum(sum(model.bytes[home]) for home in ("work", "gradient", "statistic", "io"))
+    private = sum(sum(model.bytes[home]) for home in PRIVATE)
     shared = sum(sum(chunks) for chunks in model.bytes.values()) - private
     needed, has = (private * replicas + shared) * ranks_on_device, model.device.cl.global_mem_size
     if needed > has:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,13 +55,19 @@ class Outcome:
 
 
 class Trainer:
-    """``replicas`` replicas of a model over the ranks of ``comm``; each rank owns an equal, contiguous range."""
+    """``replicas`` replicas of a model over the ranks of ``comm``; each rank owns an equal, contiguous range.
 
-    def __init__(self, model: Model, comm: Comm, replicas: int, *, sync: bool = True, scaler: LossScaler | None = None,
+    ``group`` neighbouring replicas (a divisor; 0: all of them) normalise with common statistics.
+    """
+
+    def __init__(self, model: Model, comm: Comm, replicas: int, *, group: int = 0, scaler: LossScaler | None = None,
                  first_bucket_mb: float = 1.0, bucket_mb: float = 25.0, check: bool = False):  # fmt: skip
-        self.model, self.comm, self.sync, self.check = model, comm, sync, check
+        self.model, self.comm, self.check = model, comm, check
+        group = group or replicas
         self.scaler = scaler or (LossScaler() if model.precision == "fp16" else LossScaler.disabled())
         self._exchange = TreeExchange(comm, replicas)
+        self._statistics = TreeExchange(comm, replicas, group)
+        self._apart = group < replicas  # running statistics are not what a replica normalises with
         sizes = [aligned(gradient.nbytes) for gradient in model.gradients]
         ranges = plan_buckets(sizes, first_bucket_mb, bucket_mb)
         model.set_buckets(ranges)
@@ -70,9 +76,11 @@ class Trainer:
         self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own))
         self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
         self._first_bad: NonFinite | None = None
-        self.alone = model.device.doubles and (replicas == 1 or not sync)  # replicas normalise without the host
-        self._moments: dict[str, np.ndarray] = {}  # merged statistics of this step, by layer
-        self._local: dict[str, list[np.ndarray]] = {}  # without sync: those of each replica
+        self.alone = model.device.doubles and group == 1  # replicas normalise without the host
+        self._added = False  # the gradient arena lacks earlier micro-batches
+        self._pending: list[dict[str, np.ndarray]] = []  # merged statistics of each micro-batch of this step, by layer
+        self._moments: dict[str, np.ndarray] = {}  # those of the present one
+        self._local: dict[str, list[np.ndarray]] = {}  # of groups: those of each replica
 
     @property
     def replicas_range(self) -> range:
@@ -81,45 +89,68 @@ class Trainer:
 
     # A step
 
-    def step(self, batches: Sequence[tuple], count: int, lr: float, hyper: Hyper, *, seed: int = 0, epoch: int = 0,
-             stop: bool = False) -> Outcome:  # fmt: skip
-        """Trains on one global batch of ``count`` images, of which ``batches`` are those of this rank's replicas.
+    def step(self, micro_batches: Sequence[Sequence[tuple]], count: int, lr: float, hyper: Hyper, *, seed: int = 0,
+             epoch: int = 0, stop: bool = False) -> Outcome:  # fmt: skip
+        """Trains on one global batch of ``count`` images, in one micro-batch or several whose gradients are added.
 
-        Each is (images, labels, sample indices). ``stop`` is this rank's wish to end; the outcome says whether any rank has
-        it. A step with non-finite gradients changes nothing but the loss scaler. Raises GaveUp at its floor.
+        A micro-batch is the (images, labels, sample indices) of each of this rank's replicas. ``stop`` is this rank's wish to
+        end; the outcome says whether any rank has it. A step with non-finite gradients changes nothing but the loss scaler.
+        Raises GaveUp at its floor.
         """
-        self.forward_backward(batches, count, seed=seed, epoch=epoch, augment=True)
-        loss, correct, wishes = self._sums(self.model.train, batches, int(stop))
+        self.forward_backward(micro_batches, count, seed=seed, epoch=epoch, augment=True)
+        loss, correct, wishes = self._sums(int(stop))
         skipped = not np.isfinite(loss) or self._found_non_finite()
         culprit = self._culprit() if skipped and self.check else ""
         try:
             scaler = self.scaler.after(skipped)
         except GaveUp as error:
-            raise GaveUp(f"{error}; first: {culprit or self.explain(batches, count, seed, epoch)}") from None
+            raise GaveUp(f"{error}; first: {culprit or self.explain(micro_batches, count, seed, epoch)}") from None
         if not skipped:
             self._update(lr, hyper)
         self.scaler = scaler
         return Outcome(count, loss, correct, skipped, wishes > 0, culprit)
 
-    def forward_backward(self, batches: Sequence[tuple], count: int, *, seed: int = 0, epoch: int = 0,
+    def forward_backward(self, micro_batches: Sequence[Sequence[tuple]], count: int, *, seed: int = 0, epoch: int = 0,
                          augment: bool = False) -> None:  # fmt: skip
         """Leaves the sum of the scaled gradients in the gradient arena of this rank's first replica."""
-        self._moments.clear()
-        self._local.clear()
-        self._feed(self.model.train, batches, count, seed, epoch, augment)
-        self._first_bad = self._run(self._mark_ready, self.check)
+        self._begin()
+        *earlier, last = micro_batches
+        for number, batches in enumerate(earlier):
+            self._replay(number, batches, count, seed, epoch, augment, lambda bucket, event: None)
+            self.replicas.run_each(self.model.accumulate[min(number, 1)])
+            self._count(self.model.train, batches)
+            self._close_statistics()
+        self._added = len(earlier) > 0
+        self._replay(len(earlier), last, count, seed, epoch, augment, self._mark_ready)
         while self._ready:
             self._wait_for(self._ready[0][1])
             self._progress()
         self._reduce.wait()
         arena = self.replicas.memory.homes["gradient"][0]
         arena.push(0, arena.nbytes)
+        self._count(self.model.train, last)
+
+    def _begin(self) -> None:
+        """Forgets what the passes before have found."""
+        self._tally = np.zeros((len(self.replicas.all), 2))
+        self._pending, self._moments, self._local, self._first_bad = [], {}, {}, None
+
+    def _replay(self, number: int, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool, ready: Handler,
+                check: bool = False) -> None:  # fmt: skip
+        """Runs the training plan on micro-batch ``number``."""
+        self._feed(self.model.train, batches, count, seed, epoch, augment)
+        agree = self._go_on if self.alone else self._agree
+        bad = self.replicas.run(self.model.train, agree, ready, check or self.check)
+        if bad and not self._first_bad:
+            self._first_bad = replace(bad, micro_batch=number)
 
     def evaluate(self, batches: Sequence[tuple]) -> Outcome:
         """Loss and correct answers of one global batch with running statistics."""
+        self._begin()
         self._feed(self.model.evaluate, batches, 1, 0, 0, False)
         self._first_bad = self.replicas.run(self.model.evaluate, self._agree, self._mark_ready, self.check)
-        loss, correct, _ = self._sums(self.model.evaluate, batches, 0)
+        self._count(self.model.evaluate, batches)
+        loss, correct, _ = self._sums()
         culprit = self._culprit() if self._first_bad else ""
         return Outcome(sum(len(images) for images, *_ in batches), loss, correct, culprit=culprit)
 
@@ -141,19 +172,22 @@ class Trainer:
         self.replicas.run_shared(self.model.check)
         return bool(self.replicas.memory.read(self.model.found).any())
 
-    def _sums(self, recorded: Recorded, batches: Sequence[tuple], stop: int) -> tuple[float, int, int]:
+    def _count(self, recorded: Recorded, batches: Sequence[tuple]) -> None:
+        """Adds the loss and the correct answers of each replica; waits for the device."""
+        for row, replica, (images, *_) in zip(self._tally, self.replicas.all, batches, strict=True):
+            for column, tensor in enumerate((recorded.loss, recorded.correct)):
+                row[column] += replica.memory.read(tensor)[: len(images)].sum(dtype=np.float64)
+
+    def _sums(self, stop: int = 0) -> tuple[float, int, int]:
         """Loss, correct answers and wishes to stop, summed over all replicas."""
-        rows = []
-        for replica, (images, *_) in zip(self.replicas.all, batches, strict=True):
-            loss = replica.memory.read(recorded.loss)[: len(images)]
-            correct = replica.memory.read(recorded.correct)[: len(images)]
-            rows.append(np.array([loss.sum(dtype=np.float64), correct.sum(dtype=np.float64), stop]))
-        loss, correct, wishes = self._exchange.combine(rows, add)
+        loss, correct, wishes = self._exchange.combine([np.array([*row, stop]) for row in self._tally], add)
         return float(loss), int(correct), int(wishes)
 
     # Buckets
 
     def _mark_ready(self, bucket: int, event: cl.Event) -> None:
+        if self._added:
+            event = self.replicas.run_each(self.model.complete[bucket])
         self.replicas.device.queue.flush()
         self._ready.append((bucket, event))
         self._progress()
@@ -176,10 +210,6 @@ class Trainer:
 
     # Batch-norm exchanges
 
-    def _run(self, ready: Handler, check: bool) -> NonFinite | None:
-        """Replays the training plan."""
-        return self.replicas.run(self.model.train, self._go_on if self.alone else self._agree, ready, check)
-
     def _go_on(self, entry: Exchange, event: cl.Event) -> None:
         """Instead of `_agree`: the device has what it needs, and running statistics are read when they are committed."""
         self.replicas.device.queue.flush()
@@ -188,14 +218,13 @@ class Trainer:
         """Waits for the entry's values, combines them over the replicas and writes the result for each."""
         self._wait_for(event)
         rows, combine = self._rows(entry), merge_moments if entry.kind == "statistics" else add
-        if self.sync:
-            rows = [self._exchange.combine(rows, combine)] * len(rows)
-        for replica, row in zip(self.replicas.all, rows, strict=True):
+        merged = self._statistics.combine_groups(rows, combine)
+        for replica, row in zip(self.replicas.all, merged, strict=True):
             values = row[1:].reshape(entry.source.shape)
             target = moments(row[0], *values) if entry.kind == "statistics" else values / max(row[0], 1.0)
             replica.memory.write(entry.target, target)
         if entry.kind == "statistics":
-            self._keep(entry, rows)
+            self._keep(entry, rows if self._apart else merged)
 
     def _rows(self, entry: Exchange) -> list[np.ndarray]:
         """[count, 2 C values] of each replica of this rank."""
@@ -205,9 +234,9 @@ class Trainer:
         return rows
 
     def _keep(self, entry: Exchange, rows: list[np.ndarray]) -> None:
-        """For the running statistics: [count, mean, M2] of each replica (with sync all the same)."""
+        """For the running statistics: [count, mean, M2] of each replica, or all the same where all replicas share them."""
         self._moments[entry.name] = rows[0]
-        if not self.sync:
+        if self._apart:
             self._local[entry.name] = rows
 
     def _wait_for(self, event: cl.Event) -> None:
@@ -224,7 +253,7 @@ class Trainer:
         return self.comm.size > 1 and bool(self._ready or self._reduce.running)
 
     def _merge_local(self) -> None:
-        """Without sync, running statistics still are those of the global batch: one exchange for all layers."""
+        """Running statistics are those of the global batch also where groups normalise apart: one exchange for all layers."""
         names = list(self._local)
         widths = [self._local[name][0].size for name in names]
         rows = [np.concatenate(parts) for parts in zip(*self._local.values(), strict=True)]
@@ -237,33 +266,45 @@ class Trainer:
         self._moments = {name: merged[layer] for name, layer in zip(names, layers, strict=True)}
 
     def commit_running_statistics(self) -> None:
-        """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2).
+        """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2), for each
+        micro-batch in order.
 
         Nothing happens after a pass that overflowed. The device updates the parameters meanwhile.
         """
+        self._close_statistics()
+        if not all(np.isfinite(row).all() for merged in self._pending for row in merged.values()):
+            return
+        for merged in self._pending:
+            for name, row in merged.items():
+                self._follow(name, *row[:1], *np.split(row[1:], 2))
+
+    def _close_statistics(self) -> None:
+        """Keeps the statistics of a micro-batch until the step is known to count."""
         if self.alone:
             for entry in self.model.train.plan:
                 if isinstance(entry, Exchange) and entry.kind == "statistics":
                     self._keep(entry, self._rows(entry))
         if self._local:
             self._merge_local()
-        if not all(np.isfinite(row).all() for row in self._moments.values()):
-            return
-        for name, row in self._moments.items():
-            count, (mean, m2) = row[0], np.split(row[1:], 2)
-            for suffix, value in (("running_mean", mean), ("running_var", m2 / max(count - 1, 1))):
-                buffer = self.model.state.buffers[f"{name}.{suffix}"]
-                old = self.replicas.buffer(f"{name}.{suffix}")
-                full = self.replicas.memory.view(buffer.value)
-                full[: buffer.channels] = (1 - RUNNING_MOMENTUM) * old + RUNNING_MOMENTUM * value[: buffer.channels]
-                self.replicas.memory.write(buffer.value, full)
+        self._pending.append(self._moments)
+        self._moments, self._local = {}, {}
+
+    def _follow(self, name: str, count: float, mean: np.ndarray, m2: np.ndarray) -> None:
+        """Moves the running statistics of a layer towards those of a batch."""
+        for suffix, value in (("running_mean", mean), ("running_var", m2 / max(count - 1, 1))):
+            buffer = self.model.state.buffers[f"{name}.{suffix}"]
+            old = self.replicas.buffer(f"{name}.{suffix}")
+            full = self.replicas.memory.view(buffer.value)
+            full[: buffer.channels] = (1 - RUNNING_MOMENTUM) * old + RUNNING_MOMENTUM * value[: buffer.channels]
+            self.replicas.memory.write(buffer.value, full)
 
     # State
 
-    def explain(self, batches: Sequence[tuple], count: int, seed: int, epoch: int) -> str:
+    def explain(self, micro_batches: Sequence[Sequence[tuple]], count: int, seed: int, epoch: int) -> str:
         """Replays the batch entry by entry and names the first non-finite value over all ranks."""
-        self._feed(self.model.train, batches, count, seed, epoch, True)
-        self._first_bad = self._run(lambda bucket, event: None, check=True)
+        self._begin()
+        for number, batches in enumerate(micro_batches):
+            self._replay(number, batches, count, seed, epoch, True, lambda bucket, event: None, check=True)
         return self._culprit()
 
     def _culprit(self) -> str:

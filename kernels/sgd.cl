@@ -20,6 +20,19 @@ __kernel void sgd_update(const int elements, __global float *restrict param, __g
     }
 }
 
+// sum = sum + grad, or grad if the sum is `fresh`: the gradients of micro-batches, added in their order.
+__kernel void sgd_accumulate(const int elements, __global const float *restrict grad, __global float *restrict sum,
+                             const int fresh)
+{
+    FLAT(i) STOREF(fresh ? LOADF(grad + i) : LOADF(sum + i) + LOADF(grad + i), sum + i);
+}
+
+// grad = sum + grad: the last micro-batch.
+__kernel void sgd_complete(const int elements, __global float *restrict grad, __global const float *restrict sum)
+{
+    FLAT(i) STOREF(LOADF(sum + i) + LOADF(grad + i), grad + i);
+}
+
 // found[work-item] = 1 where a gradient is infinite or NaN (all exponent bits set), else 0.
 __kernel void sgd_check(const int elements, __global const float *restrict grad, __global int *restrict found)
 {

@@ -91,3 +91,7 @@ def test_a_step_limit_ends_the_run_early_and_leaves_its_schedule():
 def test_an_unresolved_configuration_is_a_bug_of_the_caller():
     with pytest.raises(ValueError, match="replicas"):
         lr_at(replace(CFG, replicas=0), 0, PER_EPOCH, TOTAL)
+
+
+def test_the_peak_grows_with_the_micro_batches():
+    assert rates(replace(CFG, accumulate=3)) == pytest.approx([3 * rate for rate in rates(CFG)], rel=1e-12)

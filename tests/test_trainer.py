@@ -26,8 +26,9 @@ def device() -> Device:
     return Device(choose_device())
 
 
-def make(device: Device, batch: int, replicas: int, precision: str = "fp32", **options: object) -> Trainer:
-    model = Model(device, "resnet20", Options(CLASSES, stem="cifar"), IMAGE, batch, precision, smoothing=0.1)
+def make(device: Device, batch: int, replicas: int, precision: str = "fp32", accumulate: bool = False,
+         **options: object) -> Trainer:  # fmt: skip
+    model = Model(device, "resnet20", Options(CLASSES, stem="cifar"), IMAGE, batch, precision, 0.1, accumulate=accumulate)
     trainer = Trainer(model, Solo(), replicas, **options)
     trainer.restore(initial_state(model.state, seed=1))
     return trainer
@@ -38,9 +39,11 @@ def samples(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((count, *IMAGE)).astype(np.float32), rng.integers(0, CLASSES, count).astype(np.int32)
 
 
-def split(images: np.ndarray, labels: np.ndarray, batch: int, replicas: int) -> list[tuple]:
-    cuts = [slice(v * batch, (v + 1) * batch) for v in range(replicas)]
-    return [(images[cut], labels[cut], None) for cut in cuts]
+def split(images: np.ndarray, labels: np.ndarray, batch: int, replicas: int, micro_batches: int = 1) -> list[list[tuple]]:
+    """Micro-batches of what each replica gets."""
+    cuts = [slice(v * batch, (v + 1) * batch) for v in range(replicas * micro_batches)]
+    parts = [(images[cut], labels[cut], None) for cut in cuts]
+    return [parts[m * replicas : (m + 1) * replicas] for m in range(micro_batches)]
 
 
 def gradients(trainer: Trainer, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -72,22 +75,12 @@ def test_replicas_with_shared_statistics_are_one_large_batch(device, replicas):
 def test_local_statistics_are_those_of_each_replica_alone(device):
     """Two replicas that do not share give the mean of the gradients of two separate runs."""
     images, labels = samples(8)
-    both = gradients(make(device, 4, 2, sync=False), images, labels)
+    both = gradients(make(device, 4, 2, group=1), images, labels)
     alone = make(device, 4, 1)
     first, second = (gradients(alone, images[cut], labels[cut]) for cut in (slice(0, 4), slice(4, 8)))
     expected = {name: (first[name] + second[name]) / 2 for name in first}
     assert worst(both, expected) < 1e-6
     assert worst(both, gradients(make(device, 4, 2), images, labels)) > 1e-3
-
-
-def test_running_statistics_without_sync_are_those_of_the_whole_batch_for_the_first_layer(device):
-    """The first norm sees the same input in both modes; only what it normalises with differs."""
-    images, labels = samples(8)
-    sync, local = (make(device, 4, 2, sync=mode) for mode in (True, False))
-    for trainer in (sync, local):
-        trainer.step(split(images, labels, 4, 2), 8, 0.1, HYPER)
-    assert np.array_equal(sync.replicas.buffer("bn1.running_var"), local.replicas.buffer("bn1.running_var"))
-    assert not np.array_equal(*(t.replicas.buffer("layer1.0.bn2.running_var") for t in (sync, local)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -174,9 +167,8 @@ def test_buckets_go_on_until_the_last_one_is_ready(device, monkeypatch):
     reduce = SimpleNamespace(running=True, progress=lambda: log.append("progress"), wait=lambda: log.append("all"))
     monkeypatch.setattr(trainer, "_reduce", reduce)
     monkeypatch.setattr(trainer, "_start_bucket", lambda bucket: log.append(f"start {bucket}"))
-    monkeypatch.setattr(trainer, "_feed", lambda *what: None)
-    monkeypatch.setattr(trainer, "_run", lambda *what: trainer._ready.append((7, Late("bucket", 4, log))))
-    trainer.forward_backward([], 1)
+    monkeypatch.setattr(trainer, "_replay", lambda *what: trainer._ready.append((7, Late("bucket", 4, log))))
+    trainer.forward_backward(split(*samples(2), 2, 1), 2)
     assert log[0] == "progress" and log.count("start 7") == 1 and log[-1] == "all"
 
 
@@ -202,15 +194,15 @@ def test_exchanges_wait_for_the_last_replica_and_nothing_else(device, monkeypatc
     assert exchanged == [True] * 38  # statistics and sums of 19 norms
 
 
-@pytest.mark.parametrize(("replicas", "sync"), [(1, True), (1, False), (3, False)])
+@pytest.mark.parametrize(("replicas", "group"), [(1, 0), (1, 1), (3, 1)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(device, monkeypatch, replicas, sync, precision):
+def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(device, monkeypatch, replicas, group, precision):
     """A device without double precision leaves what lies between two launches to the host. Batches are short in the end."""
     if not device.doubles:
         pytest.skip("the host is asked on this device anyway")
     plain = Device(choose_device())
     plain.doubles = False
-    alone, asked = (make(d, 4, replicas, precision, sync=sync) for d in (device, plain))
+    alone, asked = (make(d, 4, replicas, precision, group=group) for d in (device, plain))
     assert alone.alone and not asked.alone
     monkeypatch.setattr(alone, "_agree", None)
     for seed, count in enumerate((4 * replicas, 4 * replicas, 3)):
@@ -233,9 +225,9 @@ def test_short_last_batch_weighs_by_its_images(device, count):
     assert worst(gradients(trainer, images, labels), expected) < 1e-4
 
 
-@pytest.mark.parametrize("sync", [True, False])
-def test_overflow_leaves_everything_but_the_scaler_untouched(device, sync):
-    trainer = make(device, 4, 2, "fp16", sync=sync)
+@pytest.mark.parametrize("group", [0, 1])
+def test_overflow_leaves_everything_but_the_scaler_untouched(device, group):
+    trainer = make(device, 4, 2, "fp16", group=group)
     trainer.step(split(*samples(8), 4, 2), 8, 0.1, HYPER)
     before = {name: array.copy() for name, array in trainer.arrays().items()}
     images, labels = samples(8, seed=5)
@@ -309,7 +301,7 @@ def test_width_of_vectors_changes_no_bit(device, precision):
 def test_evaluation_sees_the_weights_of_now(device, precision):
     """They are packed once for all batches of an evaluation, and again after anything that changes them or their memory."""
     trainer, fresh = make(device, 4, 2, precision), make(device, 4, 2, precision)
-    batches = split(*samples(8), 4, 2)
+    [batches] = split(*samples(8), 4, 2)
     for seed in range(2):
         trainer.evaluate(batches)
         trainer.step(split(*samples(8, seed), 4, 2), 8, 0.1, HYPER)
@@ -318,7 +310,7 @@ def test_evaluation_sees_the_weights_of_now(device, precision):
 
 
 def test_evaluation_packs_once(device):
-    trainer, batches, launches = make(device, 4, 1), split(*samples(4), 4, 1), []
+    trainer, [batches], launches = make(device, 4, 1), split(*samples(4), 4, 1), []
     trainer.replicas.observe = lambda launch, event: launches.append((launch.stem, launch.verb))
     counts = []
     for _ in range(3):
@@ -336,19 +328,23 @@ class Discrete(Device):
         self.host_memory = False
 
 
-@pytest.mark.parametrize(("precision", "sync"), [("fp32", True), ("fp16", True), ("fp32", False)])
-def test_memory_of_its_own(device, precision, sync, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "group", "micro_batches"), [("fp32", 0, 1), ("fp16", 0, 1), ("fp32", 1, 1), ("fp32", 0, 3)]
+)
+def test_memory_of_its_own(device, precision, group, micro_batches, monkeypatch):
     """A device whose arenas are not host memory trains the same, up to the rounding of other kernels."""
     monkeypatch.setattr(winograd, "suits", lambda conv: False)  # which only vectors take
-    trainers = [make(used, 4, 2, precision, sync=sync, first_bucket_mb=0.1) for used in (device, Discrete())]
+    facts = {"group": group, "first_bucket_mb": 0.1, "accumulate": micro_batches > 1}
+    trainers = [make(used, 4, 2, precision, **facts) for used in (device, Discrete())]
     assert trainers[1].model.device.vector == 1
     for trainer in trainers:
         start = trainer.arrays()
         for seed in range(2):
-            trainer.step(split(*samples(7, seed), 4, 2), 7, 0.02, HYPER)
+            count = 8 * micro_batches - 1
+            trainer.step(split(*samples(count, seed), 4, 2, micro_batches), count, 0.02, HYPER)
     ours, theirs = (trainer.arrays() for trainer in trainers)
     moved = {name: np.abs(ours[name] - start[name]).max() for name in ours}
     limit = 1e-3 if precision == "fp32" else 0.2  # of the way that a tensor has gone
     for name in ours:
         assert np.abs(theirs[name] - ours[name]).max() <= limit * moved[name] + 1e-7, name
-    assert np.isclose(*(t.evaluate(split(*samples(8), 4, 2)).loss for t in trainers), rtol=0.02)
+    assert np.isclose(*(t.evaluate(split(*samples(8), 4, 2)[0]).loss for t in trainers), rtol=0.02)

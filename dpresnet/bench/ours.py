@@ -67,7 +67,7 @@ class Ours:
         if self.work.infer:
             self.trainer.evaluate([batch])
             return False
-        return self.trainer.step([batch], self.work.batch, self.lr, self._hyper).skipped
+        return self.trainer.step([[batch]], self.work.batch, self.lr, self._hyper).skipped
 
     def warm(self) -> Facts:
         """Compiles and settles; seconds of a step afterwards, the steps that the loss scaler dropped on the way, and which

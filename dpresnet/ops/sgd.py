@@ -14,6 +14,16 @@ def update(plan: Plan, name: str, param: Tensor, grad: Tensor, momentum: Tensor,
     plan.elementwise(name, "sgd_update", param.size, [param, grad, momentum, hyper], [param, momentum])
 
 
+def accumulate(plan: Plan, name: str, grad: Tensor, total: Tensor, fresh: bool) -> None:
+    """total = total + grad, or grad if it is ``fresh``: the sum over the micro-batches so far, fp32."""
+    plan.elementwise(name, "sgd_accumulate", grad.size, [grad, total, np.int32(fresh)], [total])
+
+
+def complete(plan: Plan, name: str, grad: Tensor, total: Tensor) -> None:
+    """grad = total + grad: the gradient of the last micro-batch becomes that of all."""
+    plan.elementwise(name, "sgd_complete", grad.size, [grad, total], [grad])
+
+
 def check(plan: Plan, name: str, grad: Tensor, found: Tensor) -> None:
     """found [work-items] int32: 1 where a range of the gradients holds an infinity or NaN."""
     plan.elementwise(name, "sgd_check", grad.size, [grad, found], [found])

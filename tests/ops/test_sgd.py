@@ -36,6 +36,25 @@ def test_steps_in_place(mode, elements, nesterov, weight_decay):
 
 @each_mode
 @pytest.mark.parametrize("elements", SIZES)
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_micro_batches_are_added_in_their_order(mode, elements, micro_batches):
+    """To the bit: one rounding for each addition, nothing of what the sum held before."""
+    bench = Bench(mode)
+    grads = [bench.draw(elements).astype(np.float32) for _ in range(micro_batches)]
+    total = bench.array(np.full(elements, np.nan, np.float32))
+    tensors = [bench.array(grad) for grad in grads]
+    for number, tensor in enumerate(tensors[:-1]):
+        ops.accumulate(bench.plan, "accumulate", tensor, total, fresh=number == 0)
+    ops.complete(bench.plan, "complete", tensors[-1], total)
+    bench.run()
+    expected = grads[0]
+    for grad in grads[1:]:
+        expected = expected + grad
+    np.testing.assert_array_equal(bench.read(tensors[-1]), expected)
+
+
+@each_mode
+@pytest.mark.parametrize("elements", SIZES)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_check_finds_one_bad_gradient(mode, elements, bad):
     found = [check(mode, elements, {place: bad}) for place in (0, elements // 2 + 3, elements // 2 + 6, elements - 1)]

@@ -1,0 +1,89 @@
+"""One mathematics on any number of ranks: random shapes of a run, and runs that go on with other ranks in mid-epoch.
+
+The cases are drawn from fixed seeds: each is a data set of some size, V replicas, a batch, micro-batches, groups that
+share statistics, a precision and two numbers of ranks.
+"""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpresnet.data import Split
+from dpresnet.datasets import schema
+from tests.system.test_train import curve, metrics, sha, succeed
+
+CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn run."""
+
+    seed: int
+    flags: tuple[str, ...] = field(init=False)
+    size: int = field(init=False)
+    ranks: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        draw = random.Random(self.seed)
+        replicas = draw.choice([3, 4, 5, 6, 12])
+        batch, accumulate = draw.randint(1, 6), draw.choice([1, 1, 2, 3])
+        divisors = [n for n in range(1, replicas + 1) if replicas % n == 0]
+        bn = draw.choice(["sync", "local", f"group:{draw.choice(divisors)}"])
+        precision = draw.choice(["fp16", "fp32"])
+        step = replicas * batch * accumulate
+        values = {
+            "flags": ("--replicas", str(replicas), "--batch", str(batch), "--accumulate", str(accumulate), "--bn", bn,
+                      "--precision", precision, "--seed", str(self.seed), "--epochs", "2"),
+            "size": 2 * step + draw.randint(1, step),  # two whole steps and one that is most likely short
+            "ranks": tuple(draw.sample([n for n in divisors if 1 < n <= 6], 2) if replicas in (4, 6, 12) else (replicas, 1)),
+        }  # fmt: skip
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __str__(self) -> str:
+        return " ".join(flag for flag in self.flags if not flag.startswith("--")) + f", {self.size} images"
+
+
+CASES = [Case(seed) for seed in (0, 3, 7, 9, 10, 12)]
+
+
+def make_dataset(case: Case, folder: Path) -> Path:
+    """Random images, so that every bit of every sample counts."""
+    rng = np.random.default_rng(case.seed)
+
+    def split(count: int) -> Split:
+        images = rng.integers(0, 256, (count, 3, 8, 8), np.uint8)
+        return Split(images, (np.arange(count) % CLASSES).astype(np.int32))
+
+    names = tuple("abc")
+    schema.write(folder / "random.h5", schema.assemble("random", "made here", "none", names, split(case.size), split(7)))
+    return folder / "random.h5"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.limit(400)
+def test_ranks_change_no_bit_and_a_run_goes_on_with_others(case, tmp_path):
+    """Three runs of six steps: alone; on some ranks; and stopped after four of them, in mid-epoch, to go on with others."""
+    base = ("--dataset", str(make_dataset(case, tmp_path)), *case.flags, "--save-every-epochs", "0", "--save-every-steps", "2")
+    first, second = case.ranks
+    alone, together, parted = (tmp_path / name for name in ("alone", "together", "parted"))
+    result = succeed(0, alone, base=base)
+    assert result["steps"] == 6
+    assert metrics(alone)[-1]["step"] == 6 and max(line.get("samples", 0) for line in metrics(alone)) == 2 * case.size
+    assert succeed(first, together, base=base)["params_sha256"] == sha(alone)
+    assert curve(together) == curve(alone)
+    succeed(first, parted, "--steps", "4", base=base)
+    assert succeed(second, parted, "--resume", "auto", base=base)["params_sha256"] == sha(alone)
+    assert set(curve(parted)) >= set(curve(alone))
+
+
+def test_cases_are_varied():
+    """What was drawn covers what the promise is about."""
+    words = [case.flags for case in CASES]
+    assert {"fp16", "fp32"} <= {word for flags in words for word in flags}
+    assert len({flags[1] for flags in words}) >= 4 and {flags[5] for flags in words} >= {"1", "2", "3"}
+    assert {flags[7].split(":")[0] for flags in words} == {"sync", "local", "group"}
