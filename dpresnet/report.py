@@ -154,7 +154,8 @@ class Reporter:
     def _headline(self, total_steps: int, step: int) -> str:
         cfg = self._cfg
         resumed = f", resumed at step {step}" if step else ""
-        return (f"{cfg.arch} on {cfg.dataset}, {cfg.precision}, {cfg.replicas} x {cfg.batch} samples per step on "
+        times = f" x {cfg.accumulate}" if cfg.accumulate > 1 else ""
+        return (f"{cfg.arch} on {cfg.dataset}, {cfg.precision}, {cfg.replicas} x {cfg.batch}{times} samples per step on "
                 f"{self._ranks} rank{'s' if self._ranks > 1 else ''}, {total_steps} steps{resumed} -> {self._out}")
 
 

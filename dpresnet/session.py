@@ -1,7 +1,6 @@
 """A training run: what is set up once, the loop over epochs, saving and going on.
 
-Everything of a run that is not a constant is in the trained arrays and the loss scaler of its `Trainer` and in its `Progress`:
-position, best accuracy, running sums of the epoch. A checkpoint holds exactly that, so a resumed run continues bit for bit.
+What each step computes is in `dpresnet.course`; here is what a run leaves behind.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,13 @@ import numpy as np
 from dpresnet import __version__, checkpoint
 from dpresnet.amp import LossScaler
 from dpresnet.comm import Comm
-from dpresnet.config import Config, check_resume, digest, from_json, global_batch, statistics_group, to_json
-from dpresnet.data import Batch, Loader, in_steps, load, order, steps_per_epoch
+from dpresnet.config import Config, check_resume, digest, from_json, statistics_group, to_json
+from dpresnet.course import Course
+from dpresnet.data import Batch, load
 from dpresnet.device import Device, candidates
 from dpresnet.errors import GaveUp, Refused, Stopped
 from dpresnet.failure import StopFlag
-from dpresnet.initial import initial_state
 from dpresnet.report import Reporter
-from dpresnet.schedule import last_step, lr_at, planned_steps
 from dpresnet.setup import (
     build_model,
     check_memory,
@@ -37,30 +35,9 @@ from dpresnet.setup import (
     put_aside,
     resolve,
 )
-from dpresnet.trainer import Hyper, Outcome, Trainer
+from dpresnet.trainer import Outcome, Trainer
 
 SAVES_THAT_MAY_FAIL = 3  # in a row, before a full disk ends the run
-
-
-@dataclass
-class Progress:
-    """Where a run stands; together with the trained arrays and the loss scaler, its whole state."""
-
-    step: int = 0
-    samples: int = 0
-    best_accuracy: float = -1.0
-    epoch_loss: float = 0.0  # sums over the epoch so far
-    epoch_correct: int = 0
-    epoch_count: int = 0
-
-    def count(self, outcome: Outcome) -> None:
-        """Adds one step."""
-        self.step += 1
-        self.samples += outcome.count
-        if not outcome.skipped:
-            self.epoch_loss += outcome.loss
-            self.epoch_correct += outcome.correct
-            self.epoch_count += outcome.count
 
 
 class Session:
@@ -85,10 +62,9 @@ class Session:
         self._ranks_on_device = -(-comm.local_size // len(devices))
         self.trainer = self._in_turn(self._build)
         handshake(comm, self._facts())
-        self.steps_per_epoch = steps_per_epoch(len(self.dataset.train), global_batch(cfg))
-        self.total = planned_steps(cfg, self.steps_per_epoch)
-        self.last = last_step(cfg, self.steps_per_epoch)
-        self.progress = self._restore(saved)
+        self.course = Course(cfg, self.dataset, self.trainer)
+        self.course.begin(saved)
+        self.progress = self.course.progress
         self.reporter = Reporter(Path(cfg.out), cfg, ranks=comm.size, enabled=comm.rank == 0)
         self.failed_saves, self.saved_step = 0, self.progress.step if saved else -1
         self.train_s, self.trained = 0.0, 0
@@ -139,17 +115,6 @@ class Session:
             "kind of device": (self.device.cl.platform.name, self.device.vector),  # others round differently
         }
 
-    def _restore(self, saved: checkpoint.Checkpoint | None) -> Progress:
-        if not saved:
-            self.trainer.restore(self.comm.bcast(initial_state(self.trainer.model.state, self.cfg.seed)))
-            return Progress()
-        expected = {name: array.shape for name, array in self.trainer.arrays().items()}
-        if expected != {name: array.shape for name, array in saved.arrays.items()}:
-            raise Refused(f"--resume {saved.path}: its arrays are not those of {self.cfg.arch} with these options")
-        self.trainer.restore(saved.arrays)
-        self.trainer.scaler = LossScaler.from_dict(saved.meta["scaler"])
-        return Progress(**saved.meta["progress"])
-
     # The loop
 
     def run(self, stop: StopFlag) -> None:
@@ -157,9 +122,9 @@ class Session:
         if self.comm.agree([stop.requested])[0]:
             raise Stopped("stopped on request before the first step: nothing was lost")
         with self.reporter:
-            self.reporter.started(self.last, self.progress.step, self.progress.samples)
+            self.reporter.started(self.course.last, self.progress.step, self.progress.samples)
             test = None
-            while self.progress.step < self.last:
+            while self.progress.step < self.course.last:
                 test = self._epoch(stop)
             test = test or self._evaluate()
             if self.saved_step != self.progress.step:
@@ -168,19 +133,15 @@ class Session:
 
     def _epoch(self, stop: StopFlag) -> Outcome | None:
         """The rest of the current epoch; returns the test result if it was completed."""
-        epoch, start = divmod(self.progress.step, self.steps_per_epoch)
-        samples = order(self.cfg.seed, epoch, len(self.dataset.train))
-        replicas, batch_size, accumulate = self.cfg.replicas, self.cfg.batch, self.cfg.accumulate
         test = None
-        loader = Loader(self.dataset.train, samples, replicas, batch_size, self.trainer.replicas_range, start * accumulate)
-        for micro_batches in in_steps(loader, accumulate):
+        for epoch, micro_batches in self.course.rest_of_epoch():
             outcome = self._step(epoch, micro_batches, stop)
             record = False
-            if self.progress.step % self.steps_per_epoch == 0:
+            if self.course.at_end_of_epoch:
                 test = self._evaluate()
                 record = self._close_epoch(epoch, test)
             self._save_if_due(epoch, record, outcome.stop)
-            if self.progress.step == self.last:
+            if self.progress.step == self.course.last:
                 break
         return test
 
@@ -200,8 +161,7 @@ class Session:
     def _save_if_due(self, epoch: int, record: bool, stop: bool) -> None:
         """Saves what the flags ask for, the best epochs, and before stopping. Comes last in a step: the state is whole."""
         cfg, step = self.cfg, self.progress.step
-        closed = step % self.steps_per_epoch == 0
-        by_epoch = closed and cfg.save_every_epochs and (epoch + 1) % cfg.save_every_epochs == 0
+        by_epoch = self.course.at_end_of_epoch and cfg.save_every_epochs and (epoch + 1) % cfg.save_every_epochs == 0
         by_step = cfg.save_every_steps and step % cfg.save_every_steps == 0
         if by_epoch or by_step or record or stop:
             self._save(record, required=stop)
@@ -211,16 +171,12 @@ class Session:
     def _step(self, epoch: int, micro_batches: list[Batch], stop: StopFlag) -> Outcome:
         """One training step and its line in the report."""
         cfg, progress, began = self.cfg, self.progress, time.monotonic()
-        scaler = self.trainer.scaler
-        lr = lr_at(cfg, progress.step - scaler.skipped, self.steps_per_epoch, self.total)
-        hyper = Hyper(cfg.momentum, cfg.weight_decay, cfg.nesterov)
-        shards, count = [batch.shards for batch in micro_batches], sum(batch.count for batch in micro_batches)
-        outcome = self.trainer.step(shards, count, lr, hyper, seed=cfg.seed, epoch=epoch, stop=stop.requested)
-        progress.count(outcome)
+        lr, scale = self.course.lr, self.trainer.scaler.scale
+        outcome = self.course.step(epoch, micro_batches, stop.requested)
         seconds = time.monotonic() - began
         self.train_s += seconds
         self.trained += outcome.count
-        self.reporter.step(progress.step, epoch, progress.samples, outcome.loss / outcome.count, lr, scaler.scale,
+        self.reporter.step(progress.step, epoch, progress.samples, outcome.loss / outcome.count, lr, scale,
                            self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds)  # fmt: skip
         if outcome.culprit:
             self.reporter.note(f"step {progress.step} skipped: {outcome.culprit}")
@@ -230,14 +186,10 @@ class Session:
 
     def _evaluate(self) -> Outcome:
         """The test split, each sample exactly once over all replicas."""
-        total = Outcome(0, 0.0, 0)
-        samples = np.arange(len(self.dataset.test))
-        for batch in Loader(self.dataset.test, samples, self.cfg.replicas, self.cfg.batch, self.trainer.replicas_range):
-            part = self.trainer.evaluate(batch.shards)
-            if part.culprit:
-                self.reporter.note(f"evaluation: {part.culprit}")
-            total = Outcome(total.count + batch.count, total.loss + part.loss, total.correct + part.correct)
-        return total
+        test = self.course.evaluate()
+        if test.culprit:
+            self.reporter.note(f"evaluation: {test.culprit}")
+        return test
 
     # Leaving something behind
 
@@ -296,7 +248,7 @@ class Session:
             "ranks": self.comm.size,
             "precision": cfg.precision,
             "steps": self.progress.step,
-            "epochs": self.progress.step / self.steps_per_epoch,
+            "epochs": self.progress.step / self.course.steps_per_epoch,
             "test_accuracy": test.correct / test.count,
             "test_loss": test.loss / test.count,
             "images_per_s": self.trained / self.train_s if self.train_s else None,

@@ -27,7 +27,7 @@ LAYERS = [
     ["model", "initial"],
     ["replicas"],
     ["trainer"],
-    ["network", "setup", "machine"],
+    ["network", "setup", "machine", "course"],
     ["session"],
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
     ["bench.our_layers", "bench.step", "bench.memory", "bench.worker"],
