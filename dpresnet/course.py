@@ -19,6 +19,7 @@ from dpresnet.data import Batch, Dataset, Loader, in_steps, order, steps_per_epo
 from dpresnet.errors import Refused
 from dpresnet.initial import initial_state
 from dpresnet.schedule import last_step, lr_at, planned_steps
+from dpresnet.trail import Trail
 from dpresnet.trainer import Hyper, Outcome, Trainer
 
 
@@ -41,6 +42,13 @@ class Progress:
             self.epoch_loss += outcome.loss
             self.epoch_correct += outcome.correct
             self.epoch_count += outcome.count
+
+    def close_epoch(self) -> tuple[float, float]:
+        """Loss and accuracy of the epoch, whose sums begin anew."""
+        count = max(self.epoch_count, 1)
+        found = self.epoch_loss / count, self.epoch_correct / count
+        self.epoch_loss, self.epoch_correct, self.epoch_count = 0.0, 0, 0
+        return found
 
 
 class Course:
@@ -85,12 +93,13 @@ class Course:
         for micro_batches in in_steps(loader, cfg.accumulate):
             yield epoch, micro_batches
 
-    def step(self, epoch: int, micro_batches: list[Batch], stop: bool = False) -> Outcome:
-        """Trains on one global batch."""
-        cfg = self.cfg
+    def step(self, epoch: int, micro_batches: list[Batch], stop: bool = False, trail: Trail | None = None) -> Outcome:
+        """Trains on one global batch; ``trail`` gets what every entry has written."""
+        cfg, self.trainer.trail = self.cfg, trail
         hyper = Hyper(cfg.momentum, cfg.weight_decay, cfg.nesterov)
         shards, count = [batch.shards for batch in micro_batches], sum(batch.count for batch in micro_batches)
         outcome = self.trainer.step(shards, count, self.lr, hyper, seed=cfg.seed, epoch=epoch, stop=stop)
+        self.trainer.trail = None
         self.progress.count(outcome)
         return outcome
 

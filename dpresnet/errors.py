@@ -13,6 +13,12 @@ class GaveUp(Exception):
     exit_code = 70
 
 
+class DifferentBits(Exception):
+    """A repeated run computed something else than the recorded one. The message names the first difference."""
+
+    exit_code = 70
+
+
 class Stopped(Exception):
     """Stopped on request after saving; the same command with ``--resume auto`` goes on bit for bit."""
 

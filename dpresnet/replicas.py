@@ -16,6 +16,7 @@ from dpresnet.model import PRIVATE, SHARED, Model, Recorded
 from dpresnet.plan import Entry, Exchange, Launch, Memory, Plan, Ready, Tensor, bind
 
 Handler = Callable[..., None]
+Inspector = Callable[[int, Entry], None]
 
 
 @dataclass(frozen=True, order=True)
@@ -88,17 +89,16 @@ class Replicas:
                 event = self.enqueue(launch, kernel)
         return event
 
-    def run(self, recorded: Recorded, exchange: Handler, ready: Handler, check: bool = False) -> NonFinite | None:
+    def run(self, recorded: Recorded, exchange: Handler, ready: Handler, inspect: Inspector | None = None) -> None:
         """Replays a plan on every replica, prepared where that is needed.
 
         ``exchange(entry, event)`` is called when replicas must agree, with the event of the last launch that writes what they
-        exchange, and ``ready(bucket, event)`` when all launches of a bucket are enqueued. With ``check`` each entry is finished
-        and searched for non-finite values, and the first is returned; the replay goes on, because other ranks wait for its
-        exchanges.
+        exchange, and ``ready(bucket, event)`` when all launches of a bucket are enqueued. ``inspect(index, entry)`` follows
+        each entry; what it reads of the entry's tensors is finished.
         """
         if self._prepared is not recorded:
             self._prepare(recorded)
-        plan, event, first = recorded.plan, None, None
+        plan, event = recorded.plan, None
         written: dict[Tensor, cl.Event] = {}
         for index, entry in enumerate(plan):
             match entry:
@@ -111,9 +111,8 @@ class Replicas:
                     exchange(entry, written[entry.source])
                 case Ready():
                     ready(entry.bucket, event)
-            if check and first is None:
-                first = self.find_non_finite(index, entry)
-        return first
+            if inspect:
+                inspect(index, entry)
 
     def _prepare(self, recorded: Recorded) -> None:
         for replica in self.all:
@@ -129,6 +128,15 @@ class Replicas:
                 if values.dtype.kind == "f" and not np.isfinite(values).all():
                     return NonFinite(0, index, replica.number, entry.name, tensor.name)
         return None
+
+    def clear(self) -> None:
+        """Zeroes what the replicas hold between steps by chance: then a step's every byte follows from state and samples."""
+        self.device.finish()
+        for replica in self.all:
+            for arena in (arena for home in ("work", "io", "statistic") for arena in replica.memory.homes[home]):
+                arena.view(0, (arena.nbytes,), np.uint8)[:] = 0
+                arena.push(0, arena.nbytes)
+        self._prepared = None
 
     def warm(self) -> None:
         """Runs every kernel once on cleared memory, so that the driver compiles what it compiles at the first launch."""

@@ -145,7 +145,7 @@ class Reporter:
         return _Bar(terminal, total_steps, step, owned=terminal is not self._stderr)
 
     def _append(self, values: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(_plain(self._position | values), allow_nan=False) + "\n")
+        self._metrics.write(json.dumps(plain(self._position | values), allow_nan=False) + "\n")
         self._metrics.flush()
 
     def _epoch_name(self, epoch: int) -> str:
@@ -165,7 +165,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file that is at every instant either the old one or the whole new one."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+        file.write(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -194,12 +194,12 @@ def _is_within(line: bytes, samples: int) -> bool:
         return False
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same for JSON: numpy scalars become numbers, and what is not finite becomes None."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpresnet import __version__, checkpoint
+from dpresnet import __version__, checkpoint, trail
 from dpresnet.amp import LossScaler
 from dpresnet.comm import Comm
 from dpresnet.config import Config, check_resume, digest, from_json, statistics_group, to_json
@@ -35,6 +35,7 @@ from dpresnet.setup import (
     put_aside,
     resolve,
 )
+from dpresnet.trail import Trail
 from dpresnet.trainer import Outcome, Trainer
 
 SAVES_THAT_MAY_FAIL = 3  # in a row, before a full disk ends the run
@@ -46,7 +47,7 @@ class Session:
     def __init__(self, cfg: Config, comm: Comm):
         self.comm = comm
         self.started_at = time.monotonic()
-        self.folder = Path(cfg.out) / "checkpoints"
+        self.folder, self.trails = Path(cfg.out) / "checkpoints", Path(cfg.out) / "trail"
         saved, rejected = from_rank_0(comm, lambda: find_checkpoint(cfg))
         self.dataset = load(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
         self.cfg = cfg = resolve(cfg, self.dataset, comm.size, from_json(saved.meta["config"]) if saved else None)
@@ -58,7 +59,7 @@ class Session:
         self.device = Device(devices[comm.local_rank % len(devices)])
         notes = [f"passed over {bad}" for bad in rejected]
         if not cfg.dry_run:
-            notes += from_rank_0(comm, lambda: self._claim_folder(fresh=not cfg.resume))
+            notes += from_rank_0(comm, lambda: self._claim_folder(cfg, saved))
         self._ranks_on_device = -(-comm.local_size // len(devices))
         self.trainer = self._in_turn(self._build)
         handshake(comm, self._facts())
@@ -73,11 +74,12 @@ class Session:
 
     # Setting up
 
-    def _claim_folder(self, fresh: bool) -> list[str]:
+    def _claim_folder(self, cfg: Config, saved: checkpoint.Checkpoint | None) -> list[str]:
         """On rank 0: nobody else writes to the run folder, it can be written, and a fresh run finds no old checkpoints."""
         checkpoint.check_writable(self.folder)
         self._lock = claim(self.folder.parent)
-        note = put_aside(self.folder) if fresh else ""
+        trail.forget(self.trails, after=saved.meta["progress"]["step"] if saved else -1)
+        note = "" if cfg.resume else put_aside(self.folder)
         return [note] if note else []
 
     def _build(self) -> Trainer:
@@ -146,14 +148,11 @@ class Session:
         return test
 
     def _close_epoch(self, epoch: int, test: Outcome) -> bool:
-        """Reports an epoch and clears its sums; returns whether the test accuracy is the best so far."""
-        progress, accuracy = self.progress, test.correct / test.count
-        trained = max(progress.epoch_count, 1)
-        losses = progress.epoch_loss / trained, test.loss / test.count
-        self.reporter.epoch(epoch, losses[0], progress.epoch_correct / trained, losses[1], accuracy)
-        if not np.isfinite(losses[1]):
+        """Reports an epoch; returns whether the test accuracy is the best so far."""
+        progress, loss, accuracy = self.progress, test.loss / test.count, test.correct / test.count
+        self.reporter.epoch(epoch, *progress.close_epoch(), loss, accuracy)
+        if not np.isfinite(loss):
             self.reporter.note("WARNING: the loss on the test split is not finite: the run has diverged")
-        progress.epoch_loss, progress.epoch_correct, progress.epoch_count = 0.0, 0, 0
         record = accuracy > progress.best_accuracy
         progress.best_accuracy = max(progress.best_accuracy, accuracy)
         return record
@@ -172,7 +171,10 @@ class Session:
         """One training step and its line in the report."""
         cfg, progress, began = self.cfg, self.progress, time.monotonic()
         lr, scale = self.course.lr, self.trainer.scaler.scale
-        outcome = self.course.step(epoch, micro_batches, stop.requested)
+        recorded = Trail() if cfg.record_every and (progress.step + 1) % cfg.record_every == 0 else None
+        outcome = self.course.step(epoch, micro_batches, stop.requested, recorded)
+        if recorded:
+            trail.write(self.trails, progress.step, self.comm.rank, self.comm.host, recorded)
         seconds = time.monotonic() - began
         self.train_s += seconds
         self.trained += outcome.count

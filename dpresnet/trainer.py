@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +23,9 @@ from dpresnet.exchange import TreeExchange, add, merge_moments
 from dpresnet.model import Model, Recorded
 from dpresnet.ops.batchnorm import EPS
 from dpresnet.ops.sgd import HYPER
-from dpresnet.plan import Exchange, aligned
-from dpresnet.replicas import Handler, NonFinite, Replicas
+from dpresnet.plan import Entry, Exchange, Tensor, aligned
+from dpresnet.replicas import Handler, Inspector, NonFinite, Replicas
+from dpresnet.trail import WHOLE_RANK, Trail
 
 RUNNING_MOMENTUM = 0.1  # of the running statistics
 NAP_S = 5e-5  # between looks at the device while buckets are under way
@@ -80,6 +81,7 @@ class Trainer:
         self._added = False  # the gradient arena lacks earlier micro-batches
         self._pending: list[dict[str, np.ndarray]] = []  # merged statistics of each micro-batch of this step, by layer
         self._moments: dict[str, np.ndarray] = {}  # those of the present one
+        self.trail: Trail | None = None  # set for a step that is to be recorded
         self._local: dict[str, list[np.ndarray]] = {}  # of groups: those of each replica
 
     @property
@@ -129,6 +131,7 @@ class Trainer:
         arena = self.replicas.memory.homes["gradient"][0]
         arena.push(0, arena.nbytes)
         self._count(self.model.train, last)
+        self._record("reduced", self.model.gradients)
 
     def _begin(self) -> None:
         """Forgets what the passes before have found."""
@@ -138,17 +141,35 @@ class Trainer:
     def _replay(self, number: int, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool, ready: Handler,
                 check: bool = False) -> None:  # fmt: skip
         """Runs the training plan on micro-batch ``number``."""
+        if self.trail:
+            self.replicas.clear()
         self._feed(self.model.train, batches, count, seed, epoch, augment)
-        agree = self._go_on if self.alone else self._agree
-        bad = self.replicas.run(self.model.train, agree, ready, check or self.check)
-        if bad and not self._first_bad:
-            self._first_bad = replace(bad, micro_batch=number)
+        self.replicas.run(self.model.train, self._go_on if self.alone else self._agree, ready, self._inspector(number, check))
+
+    def _inspector(self, number: int, check: bool) -> Inspector | None:
+        """What looks at each entry of micro-batch ``number``, if anything does."""
+        if not (check or self.check or self.trail):
+            return None
+
+        def inspect(index: int, entry: Entry) -> None:
+            if (check or self.check) and not self._first_bad and (bad := self.replicas.find_non_finite(index, entry)):
+                self._first_bad = replace(bad, micro_batch=number)
+            for replica in self.replicas.all if self.trail else ():
+                for tensor in entry.writes:
+                    self.trail.add(number, replica.number, entry.name, tensor.name, replica.memory.read(tensor))
+
+        return inspect
+
+    def _record(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Adds to the trail what the replicas of this rank have in common, after the last micro-batch."""
+        for tensor in tensors if self.trail else ():
+            self.trail.add(0, WHOLE_RANK, name, tensor.name, self.replicas.memory.read(tensor))
 
     def evaluate(self, batches: Sequence[tuple]) -> Outcome:
         """Loss and correct answers of one global batch with running statistics."""
         self._begin()
         self._feed(self.model.evaluate, batches, 1, 0, 0, False)
-        self._first_bad = self.replicas.run(self.model.evaluate, self._agree, self._mark_ready, self.check)
+        self.replicas.run(self.model.evaluate, self._agree, self._mark_ready, self._inspector(0, False))
         self._count(self.model.evaluate, batches)
         loss, correct, _ = self._sums()
         culprit = self._culprit() if self._first_bad else ""
@@ -166,6 +187,8 @@ class Trainer:
         self.replicas.memory.write(self.model.hyper, values)
         self.replicas.run_shared(self.model.update)
         self.commit_running_statistics()
+        self._record("updated", [tensor for p in self.model.parameters for tensor in (p.value, p.momentum)])
+        self._record("updated", [buffer.value for buffer in self.model.state.buffers.values()])
 
     def _found_non_finite(self) -> bool:
         """Whether the reduced gradients, the same bits on every rank, hold an infinity or NaN."""

@@ -32,6 +32,8 @@ def before_step(trainer) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if KIND == "term":
         os.kill(os.getpid(), signal.SIGTERM)
+    if KIND in ("bad-weight", "flip"):
+        trainer.replicas.pull_state()  # the update of the step before may still run
     if KIND == "bad-weight":
         trainer.replicas.parameter("layer2.0.conv2.weight")[0, 0, 0, 0] = float("nan")
         trainer.replicas.push_state()
