@@ -129,15 +129,6 @@ class Replicas:
                     return NonFinite(0, index, replica.number, entry.name, tensor.name)
         return None
 
-    def clear(self) -> None:
-        """Zeroes what the replicas hold between steps by chance: then a step's every byte follows from state and samples."""
-        self.device.finish()
-        for replica in self.all:
-            for arena in (arena for home in ("work", "io", "statistic") for arena in replica.memory.homes[home]):
-                arena.view(0, (arena.nbytes,), np.uint8)[:] = 0
-                arena.push(0, arena.nbytes)
-        self._prepared = None
-
     def warm(self) -> None:
         """Runs every kernel once on cleared memory, so that the driver compiles what it compiles at the first launch."""
         replica = self.all[0]

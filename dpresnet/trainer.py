@@ -141,8 +141,6 @@ class Trainer:
     def _replay(self, number: int, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool, ready: Handler,
                 check: bool = False) -> None:  # fmt: skip
         """Runs the training plan on micro-batch ``number``."""
-        if self.trail:
-            self.replicas.clear()
         self._feed(self.model.train, batches, count, seed, epoch, augment)
         self.replicas.run(self.model.train, self._go_on if self.alone else self._agree, ready, self._inspector(number, check))
 

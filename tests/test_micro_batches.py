@@ -7,6 +7,7 @@ from test_trainer import HYPER, gradients, make, samples, split, worst
 from dpresnet.amp import LossScaler
 from dpresnet.device import Device, choose_device
 from dpresnet.errors import GaveUp
+from dpresnet.trail import Trail
 from dpresnet.trainer import Hyper
 
 
@@ -109,3 +110,24 @@ def test_groups_normalise_apart(device):
     assert worst(both, {name: (first[name] + second[name]) / 2 for name in first}) < 1e-6
     for other in (0, 1):
         assert worst(both, gradients(make(device, 2, 4, group=other), images, labels)) > 1e-3
+
+
+# Trails
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "resnext50_32x4d"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_digests_follow_from_state_and_samples_alone(device, arch, precision):
+    """Whatever memory held before: a run that is repeated from a checkpoint on has not been where the recorded one was."""
+    facts = {"arch": arch, "precision": precision, "accumulate": True}
+    trails = []
+    for garbage in (0, 0xFF):  # zeros, and numbers that are none
+        trainer = make(device, 4, 2, **facts)
+        for replica in trainer.replicas.all:
+            for arena in replica.memory.homes["work"] + replica.memory.homes["statistic"]:
+                arena.view(0, (arena.nbytes,), np.uint8)[:] = garbage
+        trainer.trail = Trail()
+        trainer.step(split(*samples(11), 4, 2, 2), 11, 0.1, HYPER)  # one replica without images in the end
+        trails.append(trainer.trail.marks)
+    assert len(trails[0]) > 1000
+    assert [mark for mark, other in zip(*trails, strict=True) if mark != other] == []

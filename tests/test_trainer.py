@@ -27,8 +27,8 @@ def device() -> Device:
 
 
 def make(device: Device, batch: int, replicas: int, precision: str = "fp32", accumulate: bool = False,
-         **options: object) -> Trainer:  # fmt: skip
-    model = Model(device, "resnet20", Options(CLASSES, stem="cifar"), IMAGE, batch, precision, 0.1, accumulate=accumulate)
+         arch: str = "resnet20", **options: object) -> Trainer:  # fmt: skip
+    model = Model(device, arch, Options(CLASSES, stem="cifar"), IMAGE, batch, precision, 0.1, accumulate=accumulate)
     trainer = Trainer(model, Solo(), replicas, **options)
     trainer.restore(initial_state(model.state, seed=1))
     return trainer

@@ -81,6 +81,19 @@ def test_ranks_change_no_bit_and_a_run_goes_on_with_others(case, tmp_path):
     assert set(curve(parted)) >= set(curve(alone))
 
 
+def test_an_epoch_sums_up_its_own_steps(tmp_path):
+    base = ("--replicas", "2", "--accumulate", "3", "--epochs", "2", "--warmup-epochs", "1", "--save-every-epochs", "0")
+    succeed(0, tmp_path, base=base)
+    lines = metrics(tmp_path)
+    for epoch in range(2):
+        steps = [line for line in lines if line["epoch"] == epoch and "loss" in line]
+        seen = np.array([line["samples"] for line in steps])
+        counts = np.diff(seen, prepend=1438 * epoch)
+        [closed] = [line for line in lines if line["epoch"] == epoch and "train_loss" in line]
+        assert counts.sum() == 1438 and counts[0] == 192
+        assert np.isclose(closed["train_loss"], np.dot(counts, [line["loss"] for line in steps]) / 1438, rtol=1e-12)
+
+
 def test_cases_are_varied():
     """What was drawn covers what the promise is about."""
     words = [case.flags for case in CASES]

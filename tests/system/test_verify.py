@@ -40,6 +40,15 @@ def test_some_steps_from_a_checkpoint_on(recorded):
     assert "steps 7 to 13 repeated, every bit the same (7 steps, 4 recorded steps of a rank, 1 checkpoints" in done.stdout
 
 
+def test_what_earlier_steps_have_left_in_memory_does_not_count(tmp_path):
+    """The last step of an epoch is short, and is recorded: replicas without images hold older ones, or none at all."""
+    base = ("--replicas", "4", "--batch", "32", "--steps", "12", "--save-every-steps", "11", "--record-every", "12")
+    succeed(0, tmp_path, base=base)
+    done = verify(tmp_path, "--from", "11")
+    assert done.returncode == 0, done.stderr
+    assert "1 recorded steps of a rank" in done.stdout
+
+
 @pytest.mark.parametrize(("record", "expected"), [
     ("1", "step 5: layer2.0.conv2.packed of replica 1, tensor layer2.0.conv2.packed, was another on rank 1 on {host}"),
     ("0", "step 6: loss was "),  # until then rounding hides it
