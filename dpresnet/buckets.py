@@ -131,7 +131,7 @@ class TreeAllreduce:
             raise RuntimeError(
                 f"bucket {min(self._waiting)} was started, but bucket {self._launched}, which goes before it, never was"
             )
-        wait_until(self._finished, SPIN_S)
+        wait_until(self._finished, SPIN_S, self._comm.late)
         self._forget()
 
     def _finished(self) -> bool:
@@ -156,12 +156,12 @@ class TreeAllreduce:
                 out[:] = sums[0]
             return
         bucket = self._buckets[k]
-        requests = self._exchange(bucket, sums)
+        requests = self._exchange(k, sums)
         # The all-gathers of several buckets share a communicator, so they too have to start in the order of the plan.
         while not (all([r.test() for r in requests]) and self._spread == k):  # a list: each request is to be tested
             yield
         total = tree.fold(0, self._replicas, lambda lo, hi: bucket.parts.get((lo, hi)), _add)
-        request = self._comm.start_allgather(total, out, bucket.segments)
+        request = self._comm.start_allgather(total, out, bucket.segments, f"the sum of bucket {k}")
         self._spread += 1
         while not request.test():
             yield
@@ -171,10 +171,11 @@ class TreeAllreduce:
         first = self._own.start
         return tree.fold(*node, lambda lo, hi: leaves[lo - first] if hi - lo == 1 else None, _add)
 
-    def _exchange(self, bucket: _Bucket, sums: list[np.ndarray]) -> list:
+    def _exchange(self, k: int, sums: list[np.ndarray]) -> list:
+        bucket, what = self._buckets[k], f"the parts of bucket {k}"
         nothing = np.empty(0, np.float32), [0] * self._comm.size
         requests = []
         for j, (received, counts) in enumerate(bucket.rounds):
             send, send_counts = (sums[j], bucket.segments) if j < len(sums) else nothing
-            requests.append(self._comm.start_alltoall(send, send_counts, received, counts))
+            requests.append(self._comm.start_alltoall(send, send_counts, received, counts, what))
         return requests

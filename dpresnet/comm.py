@@ -22,11 +22,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from dpresnet.errors import Refused
+from dpresnet.errors import Late, Refused
+from dpresnet.events import Note, Ring, describe, missing, read
 
 JOIN_LIMIT_S = 300.0  # all ranks have entered MPI_Init by then, or one never will
 DELIVERY_S = 0.3  # what a rank prints before an abort reaches the launcher in this time, if at all
@@ -37,18 +39,20 @@ NAP_S = 5e-5  # then between naps of this length
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
-def wait_until(done: Callable[[], bool], spin: float = SPIN_S) -> None:
-    """Poll ``done`` until it holds, at full speed for ``spin`` seconds, then with naps.
+def wait_until(done: Callable[[], bool], spin: float = SPIN_S, late: Callable[[float], None] = lambda seconds: None) -> None:
+    """Poll ``done`` until it holds, at full speed for ``spin`` seconds, then with naps and calls of ``late(seconds so far)``.
 
     Yielding the core in between is what makes more ranks than cores workable: polling without it lets the ranks that
     wait eat the time slices of those they wait for (1 KiB among 4 ranks on 2 cores: 10 ms instead of 0.05 ms). It also
     beats ``time.sleep(0)``, which takes 50 us on Linux.
     """
-    limit = time.perf_counter() + spin
+    began = time.perf_counter()
     while not done():
-        if time.perf_counter() < limit:
+        seconds = time.perf_counter() - began
+        if seconds < spin:
             yield_core()
         else:
+            late(seconds)
             time.sleep(NAP_S)
 
 
@@ -102,10 +106,18 @@ class Solo:
     """One process: every collective is the identity."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
+    timeout = 0.0
 
     def __init__(self) -> None:
+        self.events = Ring()
         self.host = socket.gethostname()
         self.mpi_library = "none (one process)"
+
+    def keep_events(self, folder: Path) -> None:
+        pass
+
+    def late(self, seconds: float) -> None:
+        pass
 
     def allgather(self, a: np.ndarray) -> np.ndarray:
         return np.array(a)[None]
@@ -125,11 +137,13 @@ class Solo:
     def node_barrier(self) -> None:
         pass
 
-    def start_alltoall(self, send: np.ndarray, send_counts: Any, recv: np.ndarray, recv_counts: Any) -> "Done":
+    def start_alltoall(
+        self, send: np.ndarray, send_counts: Any, recv: np.ndarray, recv_counts: Any, what: str = ""
+    ) -> "Done":
         recv[:] = send
         return Done()
 
-    def start_allgather(self, send: np.ndarray, recv: np.ndarray, recv_counts: Any) -> "Done":
+    def start_allgather(self, send: np.ndarray, recv: np.ndarray, recv_counts: Any, what: str = "") -> "Done":
         recv[:] = send
         return Done()
 
@@ -153,30 +167,37 @@ class Done:
 class Request:
     """A started operation. Its arrays must stay alive and untouched until ``test`` has said True."""
 
-    def __init__(self, request: Any, lock: threading.Lock) -> None:
-        self._request = request
-        self._lock = lock
+    def __init__(self, request: Any, world: "World", note: Note) -> None:
+        self._request, self._world, self._note = request, world, note
+        self._done = False
 
     def test(self) -> bool:
-        with self._lock:
-            return self._request.Test()
+        if not self._done:
+            with self._world.lock:
+                self._done = self._request.Test()
+            if self._done:
+                self._world.events.end(self._note)
+        return self._done
 
     def wait(self) -> None:
-        wait_until(self.test)
+        wait_until(self.test, late=self._world.late)
 
 
 class World:
     """The ranks of an MPI job. Arrays are C-contiguous; operations of one kind start in the same order on all ranks.
 
     Each kind of operation that may be under way at the same time has a communicator of its own, because MPI matches
-    collectives by the order in which they start on a communicator. ``_lock`` is held for each (short) MPI call: MPI is
+    collectives by the order in which they start on a communicator. ``lock`` is held for each (short) MPI call: MPI is
     initialised with MPI_THREAD_SERIALIZED, and ``abort`` may come from another thread.
+
+    ``timeout``: a rank that waits longer, in seconds, says for what and for whom, and fails; 0: it waits for ever.
     """
 
     def __init__(self, launch: Launch) -> None:
         mpi = _join(launch)
         self._mpi = mpi
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        self.events, self.timeout, self._folder = Ring(), 0.0, None
         self._comm, self._alltoall, self._allgather, self._exit = (mpi.COMM_WORLD.Dup() for _ in range(4))
         self._node = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
         self.rank, self.size = self._comm.rank, self._comm.size
@@ -184,31 +205,47 @@ class World:
         self.host = socket.gethostname()
         self.mpi_library = _library(mpi)
 
-    def _start(self, operation: Callable[..., Any], *arguments: Any) -> Request:
-        with self._lock:
-            return Request(operation(*arguments), self._lock)
+    def _start(self, channel: str, operation: Callable[..., Any], *arguments: Any, nbytes: int = 0, what: str = "") -> Request:
+        note = self.events.begin(channel, nbytes, what)
+        with self.lock:
+            return Request(operation(*arguments), self, note)
+
+    def keep_events(self, folder: Path) -> None:
+        """What this rank says to others is noted in a file of ``folder`` from now on, see `dpresnet.events`."""
+        self._folder = folder
+        self.events.keep(folder, self.rank, self.size, self.host)
+
+    def late(self, seconds: float) -> None:
+        """To be called while waiting: raises Late beyond the time limit, after the stacks of all threads."""
+        if not self.timeout or seconds < self.timeout or not (waiting := self.events.waiting()):
+            return
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        others = read(self._folder) if self._folder else []
+        absent = "; ".join(describe(rank, time.time()) for rank in missing(others, waiting[0]))
+        who = f"not there: {absent}" if absent else "all ranks have started it" if others else "run folder not known yet"
+        raise Late(f"waited {seconds:.0f} s for {waiting[0]}, --timeout is {self.timeout:.0f} s; {who}")
 
     def allgather(self, a: np.ndarray) -> np.ndarray:
         """``a`` (same shape and dtype on all ranks) of every rank, as [size, *a.shape]."""
         a = np.asarray(a, order="C")
         out = np.empty((self.size, *a.shape), a.dtype)
-        self._start(self._comm.Iallgather, a, out).wait()
+        self._start("exchange", self._comm.Iallgather, a, out, nbytes=a.nbytes).wait()
         return out
 
     def agree(self, flags: np.ndarray | Sequence[int]) -> np.ndarray:
         """The maximum over the ranks of each of the integers ``flags``."""
         flags = np.asarray(flags, np.int64, order="C")
         out = np.empty_like(flags)
-        self._start(self._comm.Iallreduce, flags, out, self._mpi.MAX).wait()
+        self._start("exchange", self._comm.Iallreduce, flags, out, self._mpi.MAX).wait()
         return out
 
     def bcast(self, obj: Any) -> Any:
         """Rank 0's ``obj`` (anything that pickles) on all ranks."""
         data = np.frombuffer(pickle.dumps(obj if self.rank == 0 else None, protocol=5), np.uint8)
         size = np.array([data.size])
-        self._start(self._comm.Ibcast, size, 0).wait()
+        self._start("exchange", self._comm.Ibcast, size, 0, nbytes=size.nbytes).wait()
         data = data.copy() if self.rank == 0 else np.empty(size[0], np.uint8)
-        self._start(self._comm.Ibcast, data, 0).wait()
+        self._start("exchange", self._comm.Ibcast, data, 0, nbytes=data.nbytes).wait()
         return obj if self.rank == 0 else pickle.loads(data)
 
     def gather(self, obj: Any) -> list[Any]:
@@ -221,28 +258,30 @@ class World:
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
-        self._start(self._comm.Ibarrier).wait()
+        self._start("exchange", self._comm.Ibarrier).wait()
 
     def node_barrier(self) -> None:
         """Returns when all ranks that share memory with this one have called it."""
-        self._start(self._node.Ibarrier).wait()
+        self._start("node", self._node.Ibarrier).wait()
 
     def start_alltoall(
-        self, send: np.ndarray, send_counts: Sequence[int], recv: np.ndarray, recv_counts: Sequence[int]
+        self, send: np.ndarray, send_counts: Sequence[int], recv: np.ndarray, recv_counts: Sequence[int], what: str = ""
     ) -> Request:
         """Start giving ``send_counts[r]`` float32 of ``send`` to rank r and taking ``recv_counts[r]`` into ``recv``."""
         float32 = self._mpi.FLOAT
-        return self._start(self._alltoall.Ialltoallv, [send, send_counts, float32], [recv, recv_counts, float32])
+        arrays = [send, send_counts, float32], [recv, recv_counts, float32]
+        return self._start("alltoall", self._alltoall.Ialltoallv, *arrays, nbytes=send.nbytes, what=what)
 
-    def start_allgather(self, send: np.ndarray, recv: np.ndarray, recv_counts: Sequence[int]) -> Request:
+    def start_allgather(self, send: np.ndarray, recv: np.ndarray, recv_counts: Sequence[int], what: str = "") -> Request:
         """Start joining the float32 ``send`` of all ranks, ``recv_counts[r]`` numbers from rank r, in ``recv``."""
         float32 = self._mpi.FLOAT
-        return self._start(self._allgather.Iallgatherv, [send, float32], [recv, recv_counts, float32])
+        arrays = [send, float32], [recv, recv_counts, float32]
+        return self._start("allgather", self._allgather.Iallgatherv, *arrays, nbytes=send.nbytes, what=what)
 
     def farewell(self, word: bytes, patience: float) -> list[bytes] | None:
         """The words (of equal length) of all ranks, or None if not all say one within ``patience`` seconds."""
         words = np.empty((self.size, len(word)), np.uint8)
-        request = self._start(self._exit.Iallgather, np.frombuffer(word, np.uint8), words)
+        request = self._start("farewell", self._exit.Iallgather, np.frombuffer(word, np.uint8), words)
         limit = time.perf_counter() + patience
         wait_until(lambda: request.test() or time.perf_counter() > limit)
         return [row.tobytes() for row in words] if request.test() else None
@@ -256,7 +295,7 @@ class World:
         """
         faulthandler.dump_traceback_later(ABORT_LIMIT_S, exit=True, file=2)
         time.sleep(DELIVERY_S)
-        self._lock.acquire(timeout=ABORT_LIMIT_S / 2)
+        self.lock.acquire(timeout=ABORT_LIMIT_S / 2)
         self._mpi.COMM_WORLD.Abort(code)
         os._exit(code)
 

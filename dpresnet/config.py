@@ -30,7 +30,7 @@ BUILT_IN_DATASETS = ("digits", "synthetic")
 
 RESUMABLE = frozenset({
     "steps",  # stops the run early; the schedule spans --epochs whatever it is
-    "check_every",
+    "check_every", "timeout",
     "bucket_mb", "first_bucket_mb",  # sums are taken element by element, so where buckets end changes no bit
     "out", "resume", "save_every_epochs", "save_every_steps", "keep", "record_every",
     "device", "threads", "debug", "dry_run",
@@ -90,6 +90,8 @@ class Config:
     first_bucket_mb: float = _flag(1.0, "parallel", "the same for the first bucket, small to start early", above=0.0)
     check_every: int = _flag(100, "parallel", "steps between comparisons of the parameters that the ranks hold, besides those "
                              "before every checkpoint; 0: none", least=0)
+    timeout: float = _flag(300.0, "parallel", "seconds that a rank waits for others before it names them and ends the run; ten "
+                           "times the longest step if that is more; 0: for ever", least=0.0)
 
     out: str = _flag("runs/digits-resnet20", "output", "folder for configuration, metrics, checkpoints and result",
                      metavar="FOLDER", shown="runs/DATASET-ARCH")

@@ -19,6 +19,10 @@ class DifferentBits(Exception):
     exit_code = 70
 
 
+class Late(RuntimeError):
+    """Another rank has not come within --timeout. The message says what was waited for, and who is missing."""
+
+
 class Stopped(Exception):
     """Stopped on request after saving; the same command with ``--resume auto`` goes on bit for bit."""
 

@@ -38,6 +38,7 @@ from dpresnet.setup import (
 from dpresnet.trail import Trail
 from dpresnet.trainer import Outcome, Trainer
 
+LONGEST_STEPS = 10  # that a rank waits for the others, at least
 SAVES_THAT_MAY_FAIL = 3  # in a row, before a full disk ends the run
 
 
@@ -47,7 +48,7 @@ class Session:
     def __init__(self, cfg: Config, comm: Comm):
         self.comm = comm
         self.started_at = time.monotonic()
-        self.folder, self.trails = Path(cfg.out) / "checkpoints", Path(cfg.out) / "trail"
+        self.folder, self.trails, self.events = (Path(cfg.out) / name for name in ("checkpoints", "trail", "events"))
         saved, rejected = from_rank_0(comm, lambda: find_checkpoint(cfg))
         self.dataset = load(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
         self.cfg = cfg = resolve(cfg, self.dataset, comm.size, from_json(saved.meta["config"]) if saved else None)
@@ -60,6 +61,8 @@ class Session:
         notes = [f"passed over {bad}" for bad in rejected]
         if not cfg.dry_run:
             notes += from_rank_0(comm, lambda: self._claim_folder(cfg, saved))
+            comm.keep_events(self.events)
+            comm.timeout = cfg.timeout
         self._ranks_on_device = -(-comm.local_size // len(devices))
         self.trainer = self._in_turn(self._build)
         handshake(comm, self._facts())
@@ -78,6 +81,8 @@ class Session:
         """On rank 0: nobody else writes to the run folder, it can be written, and a fresh run finds no old checkpoints."""
         checkpoint.check_writable(self.folder)
         self._lock = claim(self.folder.parent)
+        for ring in self.events.glob("*.ring"):
+            ring.unlink()
         trail.forget(self.trails, after=saved.meta["progress"]["step"] if saved else -1)
         note = "" if cfg.resume else put_aside(self.folder)
         return [note] if note else []
@@ -172,11 +177,14 @@ class Session:
         cfg, progress, began = self.cfg, self.progress, time.monotonic()
         lr, scale = self.course.lr, self.trainer.scaler.scale
         recorded = Trail() if cfg.record_every and (progress.step + 1) % cfg.record_every == 0 else None
+        self.comm.events.step = progress.step + 1
         outcome = self.course.step(epoch, micro_batches, stop.requested, recorded)
         if recorded:
             trail.write(self.trails, progress.step, self.comm.rank, self.comm.host, recorded)
         seconds = time.monotonic() - began
         self.train_s += seconds
+        if cfg.timeout:
+            self.comm.timeout = max(self.comm.timeout, LONGEST_STEPS * seconds)
         self.trained += outcome.count
         self.reporter.step(progress.step, epoch, progress.samples, outcome.loss / outcome.count, lr, scale,
                            self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds)  # fmt: skip
@@ -199,6 +207,7 @@ class Session:
         """Raises GaveUp on all ranks unless they hold the same bits: what went wrong on one of them is not saved."""
         if self.comm.size == 1:
             return
+        self.comm.events.what = "digests of the parameters"
         if odd := odd_ranks(self.comm.gather((self.trainer.fingerprint(), self.comm.host))):
             saved = f"step {self.saved_step}" if self.saved_step >= 0 else "none"
             raise GaveUp(f"after step {self.progress.step} {odd}: memory or arithmetic of a machine has failed; go on with "
@@ -207,6 +216,7 @@ class Session:
     def _save(self, best: bool = False, required: bool = False) -> None:
         """Writes a checkpoint on rank 0. A disk that is full now may not be later, so some failures are only reported."""
         self._compare_ranks()
+        self.comm.events.what = "the checkpoint of rank 0"
         failed = from_rank_0(self.comm, lambda: self._write_checkpoint(best))
         self.failed_saves = self.failed_saves + 1 if failed else 0
         if not failed:

@@ -201,6 +201,7 @@ class Trainer:
 
     def _sums(self, stop: int = 0) -> tuple[float, int, int]:
         """Loss, correct answers and wishes to stop, summed over all replicas."""
+        self.comm.events.what = "losses"
         loss, correct, wishes = self._exchange.combine([np.array([*row, stop]) for row in self._tally], add)
         return float(loss), int(correct), int(wishes)
 
@@ -238,6 +239,7 @@ class Trainer:
     def _agree(self, entry: Exchange, event: cl.Event) -> None:
         """Waits for the entry's values, combines them over the replicas and writes the result for each."""
         self._wait_for(event)
+        self.comm.events.what = f"{entry.kind} of {entry.name}"
         rows, combine = self._rows(entry), merge_moments if entry.kind == "statistics" else add
         merged = self._statistics.combine_groups(rows, combine)
         for replica, row in zip(self.replicas.all, merged, strict=True):

@@ -16,7 +16,7 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 
 # A module may import modules of lower layers only.
 LAYERS = [
-    ["errors", "reference", "shape", "tree", "tiles", "pocl", "bench.torch_resnet"],
+    ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "bench.torch_resnet"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags"],
@@ -32,13 +32,14 @@ LAYERS = [
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
     ["bench.our_layers", "bench.step", "bench.memory", "bench.worker"],
     ["bench.layers", "bench.ops", "bench.picture"],
-    ["train", "verify", "evaluate", "bench.__main__", "doctor", "tune"],
+    ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune"],
 ]
 ALONE = ["errors", "reference", "shape", "tree", "tiles", "pocl", "bench.torch_resnet"]
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
                "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]
-WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "datasets.*"]
+WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events", "explain"]
+WITHOUT_BOTH += ["datasets.*"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "child", "step", "memory", "picture", "theirs")]
 
 NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "tile", "transform"}

@@ -71,6 +71,25 @@ def wrap_buckets(trainer_class) -> None:
     trainer_class._start_bucket = start
 
 
+def wrap_exchange(exchange_class, trainer_class) -> None:
+    """Lets a rank leave out the first exchange of statistics of the step."""
+    original, agree = exchange_class.combine_groups, trainer_class._agree
+
+    def combine_groups(self, rows, combine):
+        if KIND == "skip" and self.skips_one:
+            self.skips_one = False
+            return rows
+        return original(self, rows, combine)
+
+    def _agree(self, entry, event):
+        if self.faulty_step and not self.skipped:
+            self.skipped = self._statistics.skips_one = True
+        agree(self, entry, event)
+
+    exchange_class.skips_one, trainer_class.skipped = False, False
+    exchange_class.combine_groups, trainer_class._agree = combine_groups, _agree
+
+
 def wrap_node_barrier(comm) -> None:
     """Writes down what the kernel cache holds when the first rank of the node lets the others build."""
     original = comm.node_barrier
@@ -101,11 +120,13 @@ def run(cfg, comm, stop, original=train.run):
 
     environment.prepare(cfg.threads, comm.local_rank, comm.local_size)
     from dpresnet.data import Loader
+    from dpresnet.exchange import TreeExchange
     from dpresnet.trainer import Trainer
 
     wrap_step(Trainer)
     wrap_buckets(Trainer)
     wrap_loader(Loader)
+    wrap_exchange(TreeExchange, Trainer)
     if KIND == "list-cache":
         wrap_node_barrier(comm)
     original(cfg, comm, stop)

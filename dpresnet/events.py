@@ -1,0 +1,141 @@
+"""The last communication events of each rank, in files that outlive it: what a rank waits for, and who has not come.
+
+All ranks of a run start the operations of a communicator in the same order, so an operation has a number there that is the
+same on all ranks. A rank notes each operation when it starts and when it ends in a ring of `SLOTS` events. Once the folder of
+the run is known the ring is a mapped file, RUN/events/rank-N.ring: what a rank had noted stays readable whatever ends it, even
+a kill, and the others can look into it while it lives.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SLOTS = 256
+EVENT = np.dtype([  # times are seconds since 1970; ``ended`` is 0 while the rank waits; ``number`` counts from 1, 0: no event
+    ("channel", "S12"), ("number", "<u8"), ("began", "<f8"), ("ended", "<f8"), ("nbytes", "<u8"), ("step", "<u4"),
+    ("what", "S92"),
+])  # fmt: skip
+HEADER_BYTES = 512  # JSON: rank, size, host
+FORMAT = 1
+
+Note = tuple[str, int, int]
+
+
+class Ring:
+    """The events of this rank. ``step`` and ``what`` say what it is doing, and are noted with each event."""
+
+    def __init__(self) -> None:
+        self.events = np.zeros(SLOTS, EVENT)
+        self.step, self.what = 0, ""
+        self._next, self._numbers = 0, {}
+
+    def keep(self, folder: Path, rank: int, size: int, host: str) -> None:
+        """From now on in a file of ``folder``, with what has been noted so far."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank-{rank}.ring"
+        header = json.dumps({"format": FORMAT, "rank": rank, "size": size, "host": host}).encode()
+        path.write_bytes(header.ljust(HEADER_BYTES))
+        kept = np.memmap(path, EVENT, "r+", HEADER_BYTES, (SLOTS,))
+        kept[:] = self.events
+        self.events = kept
+
+    def begin(self, channel: str, nbytes: int, what: str = "") -> Note:
+        """Notes that an operation has been started; returns what `end` takes."""
+        number = self._numbers[channel] = self._numbers.get(channel, 0) + 1
+        slot, self._next = self._next, (self._next + 1) % SLOTS
+        self.events[slot] = (channel, number, time.time(), 0.0, nbytes, self.step, what or self.what)
+        return channel, number, slot
+
+    def end(self, note: Note) -> None:
+        """Notes that it is done."""
+        channel, number, slot = note
+        event = self.events[slot]
+        if event["number"] == number and event["channel"] == channel.encode():  # not overwritten by later ones
+            event["ended"] = time.time()
+
+    def waiting(self) -> list[Event]:
+        """The operations that have not ended, the oldest first."""
+        return [event for event in in_order(self.events) if not event.ended]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One operation of one rank."""
+
+    channel: str
+    number: int
+    began: float
+    ended: float
+    nbytes: int
+    step: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what or 'something'} of step {self.step} ({self.channel} {self.number}, {self.nbytes} bytes)"
+
+
+def in_order(events: np.ndarray) -> list[Event]:
+    """The events of a ring as they began."""
+    noted = [Event(*(v.decode() if isinstance(v, bytes) else v for v in e.item())) for e in events if e["number"]]
+    return sorted(noted, key=lambda event: (event.began, event.number))
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The ring of a rank, as read from its file."""
+
+    rank: int
+    size: int
+    host: str
+    events: list[Event]
+
+    def reached(self, channel: str) -> int:
+        """The number of the last operation it has started on a channel."""
+        return max((event.number for event in self.events if event.channel == channel), default=0)
+
+    @property
+    def last(self) -> Event | None:
+        """What it did last."""
+        return max(self.events, key=lambda event: max(event.began, event.ended), default=None)
+
+    @property
+    def waits_for(self) -> Event | None:
+        """The oldest operation that it has started and that has not ended."""
+        return next((event for event in self.events if not event.ended), None)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+def read(folder: Path) -> list[Rank]:
+    """The rings of a run in the order of the ranks; files that are none are left out."""
+    found = []
+    for path in folder.glob("rank-*.ring"):
+        raw = path.read_bytes()
+        try:
+            header = json.loads(raw[:HEADER_BYTES])
+            events = np.frombuffer(raw, EVENT, SLOTS, HEADER_BYTES)
+            if header["format"] == FORMAT:
+                found.append(Rank(header["rank"], header["size"], header["host"], in_order(events)))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return sorted(found, key=lambda rank: rank.rank)
+
+
+def missing(ranks: list[Rank], event: Event) -> list[Rank]:
+    """Those that have not started an operation that another waits for."""
+    return [rank for rank in ranks if rank.reached(event.channel) < event.number]
+
+
+def describe(rank: Rank, now: float) -> str:
+    """Where a rank stands."""
+    if event := rank.waits_for:
+        return f"{rank} has waited for {now - event.began:.0f} s in {event}"
+    if event := rank.last:
+        return f"{rank} was last seen {now - max(event.began, event.ended):.0f} s before, after {event}"
+    return f"{rank} has exchanged nothing yet"

@@ -1,0 +1,57 @@
+"""A rank that does not come is named within --timeout, and the run can be explained afterwards, whatever ended it."""
+
+import re
+import socket
+
+import pytest
+
+from tests.launching import python
+from tests.system.test_train import succeed, train
+
+BASE = ("--replicas", "3", "--batch", "8", "--steps", "8", "--timeout", "2", "--check-every", "0")
+HOST = socket.gethostname()
+
+
+def explained(out) -> str:
+    done = python(["-m", "dpresnet.explain", str(out)])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_rank_that_sleeps_is_named_with_all_stacks(tmp_path):
+    done = train(3, tmp_path, fault="kind=sleep,rank=1,step=4", base=BASE)
+    assert done.returncode != 0 and done.seconds < 40
+    event = r"statistics of bn1 of step 4 \(exchange \d+, \d+ bytes\)"
+    assert re.search(rf"Late: waited \d+ s for {event}, --timeout is", done.stderr)
+    assert f"not there: rank 1 on {HOST} was last seen" in done.stderr
+    assert "after losses of step 3" in done.stderr
+    assert re.search(r"(Current t|T)hread 0x[0-9a-f]+ .*\n  File ", done.stderr)
+    assert f"rank 1 on {HOST} never came to statistics of bn1 of step 4" in explained(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["kind=kill,rank=1,step=4", "kind=loader,replica=1,step=3"])
+def test_rank_that_ends_is_named_afterwards(tmp_path, fault):
+    done = train(3, tmp_path, fault=fault, base=BASE)
+    assert done.returncode != 0 and done.seconds < 40
+    assert f"rank 1 on {HOST} never came to statistics of bn1 of step 4" in explained(tmp_path)
+
+
+def test_rank_that_skips_an_exchange_is_named_afterwards(tmp_path):
+    done = train(3, tmp_path, fault="kind=skip,rank=2,step=4", base=BASE)
+    assert done.returncode != 0 and done.seconds < 60
+    text = explained(tmp_path)
+    there, others = "statistics of layer1.0.bn1 of step 4", "statistics of bn1 of step 4"
+    assert re.search(rf"rank 2 on {HOST} was at {there} .*, where the others were at {others}", text)
+    assert "it skipped an exchange, or made one too many" in text
+
+
+def test_run_that_ends_well_leaves_nobody_waiting(tmp_path):
+    for ranks in (3, 2):  # the second run removes what the first has noted
+        succeed(ranks, tmp_path, base=("--replicas", str(ranks), "--batch", "8", "--steps", "3"))
+    assert [path.name for path in sorted((tmp_path / "events").iterdir())] == ["rank-0.ring", "rank-1.ring"]
+    assert "no rank was waiting for another" in explained(tmp_path)
+
+
+def test_a_folder_without_events_is_refused(tmp_path):
+    done = python(["-m", "dpresnet.explain", str(tmp_path)])
+    assert done.returncode == 78 and f"error: {tmp_path} holds no events" in done.stderr

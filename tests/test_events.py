@@ -1,0 +1,117 @@
+"""What ranks note about their communication, and what is concluded from it."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from dpresnet import events, explain
+from dpresnet.events import EVENT, HEADER_BYTES, SLOTS, Event, Rank, Ring
+
+
+def test_a_ring_keeps_the_last_events_with_their_numbers(tmp_path):
+    ring = Ring()
+    for step in range(SLOTS + 10):
+        ring.step, ring.what = step, f"statistics of bn{step}"
+        ring.end(ring.begin("exchange", 8 * step))
+        if step == 5:
+            ring.keep(tmp_path, 1, 4, "node7")
+    (rank,) = events.read(tmp_path)
+    assert (rank.rank, rank.size, rank.host, len(rank.events)) == (1, 4, "node7", SLOTS)
+    assert [event.number for event in rank.events] == list(range(11, SLOTS + 11))
+    assert rank.events[-1].what == f"statistics of bn{SLOTS + 9}" and rank.events[-1].nbytes == 8 * (SLOTS + 9)
+    assert all(event.began <= event.ended for event in rank.events) and rank.waits_for is None
+
+
+def test_what_was_noted_before_the_folder_is_known_is_not_lost(tmp_path):
+    ring = Ring()
+    note = ring.begin("exchange", 16, "flags of all ranks")
+    ring.keep(tmp_path, 0, 2, "here")
+    assert events.read(tmp_path)[0].waits_for.what == "flags of all ranks"
+    ring.end(note)
+    assert events.read(tmp_path)[0].waits_for is None
+
+
+def test_channels_are_numbered_apart_and_the_oldest_waits_first():
+    ring = Ring()
+    slow = ring.begin("alltoall", 4, "bucket 0")
+    time.sleep(0.001)
+    ring.begin("exchange", 8, "losses")
+    ring.end(ring.begin("exchange", 8, "digests"))
+    assert [(e.channel, e.number) for e in ring.waiting()] == [("alltoall", 1), ("exchange", 1)]
+    ring.end(slow)
+    assert [e.what for e in ring.waiting()] == ["losses"]
+
+
+def test_an_operation_that_ends_after_its_slot_was_used_again_ends_no_other():
+    ring = Ring()
+    slow = ring.begin("alltoall", 4)
+    for _ in range(SLOTS - 1):
+        ring.end(ring.begin("exchange", 8))
+    ring.begin("exchange", 8, "the last")
+    ring.end(slow)
+    assert [event.what for event in ring.waiting()] == ["the last"]
+
+
+WHOLE = HEADER_BYTES + SLOTS * EVENT.itemsize
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * WHOLE, json.dumps({"format": 9}).encode().ljust(WHOLE)])
+def test_other_files_are_left_out(tmp_path, content):
+    (tmp_path / "rank-0.ring").write_bytes(content)
+    Ring().keep(tmp_path, 1, 2, "here")
+    assert [rank.rank for rank in events.read(tmp_path)] == [1]
+
+
+# Conclusions. A rank is written as its exchanges in turn: (what, ended).
+
+
+def rank_of(number: int, *exchanges: tuple[str, bool], size: int = 3) -> Rank:
+    made = [
+        Event("exchange", n + 1, 100.0 + n, 100.5 + n if ended else 0.0, 8, 7, what)
+        for n, (what, ended) in enumerate(exchanges)
+    ]
+    return Rank(number, size, f"node{number}", made)
+
+
+def said(*ranks: Rank) -> str:
+    return explain.explain(list(ranks))
+
+
+DONE, LATE = [("bn1", True), ("bn2", True)], [("bn1", True), ("bn2", False)]
+
+
+def test_the_rank_that_never_came_is_named():
+    text = said(rank_of(0, *LATE), rank_of(1, ("bn1", True)), rank_of(2, *LATE))
+    assert "rank 1 on node1 never came to bn2 of step 7 (exchange 2, 8 bytes); the others waited there" in text
+    assert "rank 0 on node0 has waited for 0 s in bn2" in text
+    assert "rank 1 on node1 was last seen 0 s before, after bn1" in text
+
+
+def test_a_rank_that_left_nothing_is_named():
+    assert "of 3 ranks, rank 2 has left nothing" in said(rank_of(0, *LATE), rank_of(1, *LATE))
+
+
+def test_a_rank_that_skipped_an_exchange_is_named():
+    text = said(rank_of(0, *DONE), rank_of(1, ("bn2", True), ("bn3", False)), rank_of(2, *DONE))
+    assert "rank 1 on node1 was at bn2 of step 7 (exchange 1, 8 bytes), where the others were at bn1" in text
+
+
+def test_an_operation_that_all_have_started_is_the_networks():
+    assert "every rank has come to bn2 of step 7" in said(*(rank_of(n, *LATE) for n in range(3)))
+
+
+def test_a_run_that_ended_well_had_nobody_waiting():
+    assert "no rank was waiting for another" in said(*(rank_of(n, *DONE) for n in range(3)))
+
+
+def test_events_of_random_rings_come_back(tmp_path):
+    draw = np.random.default_rng(3)
+    ring = Ring()
+    for _ in range(100):
+        note = ring.begin(str(draw.choice(["exchange", "alltoall"])), int(draw.integers(2**40)), f"thing {draw.integers(10)}")
+        if draw.random() < 0.9:
+            ring.end(note)
+    ring.keep(tmp_path, 0, 1, "here")
+    assert events.read(tmp_path)[0].events == events.in_order(ring.events)
