@@ -223,6 +223,7 @@ class World:
         others = read(self._folder) if self._folder else []
         absent = "; ".join(describe(rank, time.time()) for rank in missing(others, waiting[0]))
         who = f"not there: {absent}" if absent else "all ranks have started it" if others else "run folder not known yet"
+        self.events.end(self.events.begin("timeout", 0))  # so that the ring tells until when this rank has waited
         raise Late(f"waited {seconds:.0f} s for {waiting[0]}, --timeout is {self.timeout:.0f} s; {who}")
 
     def allgather(self, a: np.ndarray) -> np.ndarray:

@@ -26,7 +26,9 @@ def test_rank_that_sleeps_is_named_with_all_stacks(tmp_path):
     assert f"not there: rank 1 on {HOST} was last seen" in done.stderr
     assert "after losses of step 3" in done.stderr
     assert re.search(r"(Current t|T)hread 0x[0-9a-f]+ .*\n  File ", done.stderr)
-    assert f"rank 1 on {HOST} never came to statistics of bn1 of step 4" in explained(tmp_path)
+    text = explained(tmp_path)
+    assert f"rank 1 on {HOST} never came to statistics of bn1 of step 4" in text
+    assert re.search(rf"rank 0 on {HOST} has waited for [23] s in statistics of bn1 of step 4", text)
 
 
 @pytest.mark.parametrize("fault", ["kind=kill,rank=1,step=4", "kind=loader,replica=1,step=3"])
