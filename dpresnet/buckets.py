@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from dpresnet import tree
-from dpresnet.comm import Comm, wait_until
+from dpresnet.comm import Comm
 
 # Each poll moves one small piece of the data (under MPICH on one node). So progress() polls several times, and wait() does
 # not nap between polls, which would throttle the exchange to a twentieth of its speed, unless the others are late.
@@ -131,7 +131,7 @@ class TreeAllreduce:
             raise RuntimeError(
                 f"bucket {min(self._waiting)} was started, but bucket {self._launched}, which goes before it, never was"
             )
-        wait_until(self._finished, SPIN_S, self._comm.late)
+        self._comm.wait_until(self._finished, SPIN_S)
         self._forget()
 
     def _finished(self) -> bool:

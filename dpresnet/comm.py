@@ -106,7 +106,7 @@ class Solo:
     """One process: every collective is the identity."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
-    timeout = 0.0
+    timeout, waited_s = 0.0, 0.0
 
     def __init__(self) -> None:
         self.events = Ring()
@@ -116,8 +116,8 @@ class Solo:
     def keep_events(self, folder: Path) -> None:
         pass
 
-    def late(self, seconds: float) -> None:
-        pass
+    def wait_until(self, done: Callable[[], bool], spin: float = SPIN_S) -> None:
+        wait_until(done, spin)
 
     def allgather(self, a: np.ndarray) -> np.ndarray:
         return np.array(a)[None]
@@ -180,7 +180,7 @@ class Request:
         return self._done
 
     def wait(self) -> None:
-        wait_until(self.test, late=self._world.late)
+        self._world.wait_until(self.test)
 
 
 class World:
@@ -191,13 +191,14 @@ class World:
     initialised with MPI_THREAD_SERIALIZED, and ``abort`` may come from another thread.
 
     ``timeout``: a rank that waits longer, in seconds, says for what and for whom, and fails; 0: it waits for ever.
+    ``waited_s``: seconds that it has waited for others in all.
     """
 
     def __init__(self, launch: Launch) -> None:
         mpi = _join(launch)
         self._mpi = mpi
         self.lock = threading.Lock()
-        self.events, self.timeout, self._folder = Ring(), 0.0, None
+        self.events, self.timeout, self.waited_s, self._folder = Ring(), 0.0, 0.0, None
         self._comm, self._alltoall, self._allgather, self._exit = (mpi.COMM_WORLD.Dup() for _ in range(4))
         self._node = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
         self.rank, self.size = self._comm.rank, self._comm.size
@@ -214,6 +215,12 @@ class World:
         """What this rank says to others is noted in a file of ``folder`` from now on, see `dpresnet.events`."""
         self._folder = folder
         self.events.keep(folder, self.rank, self.size, self.host)
+
+    def wait_until(self, done: Callable[[], bool], spin: float = SPIN_S) -> None:
+        """`wait_until`, for other ranks: not longer than the time limit, and counted in ``waited_s``."""
+        began = time.perf_counter()
+        wait_until(done, spin, self.late)
+        self.waited_s += time.perf_counter() - began
 
     def late(self, seconds: float) -> None:
         """To be called while waiting: raises Late beyond the time limit, after the stacks of all threads."""

@@ -73,11 +73,11 @@ class Reporter:
 
     @_if_enabled
     def step(self, step: int, epoch: int, samples: int, loss: float, lr: float, loss_scale: float, skipped: int,
-             accuracy: float, images_per_s: float) -> None:
-        """One training step is done; `loss` and `accuracy` are those of its global batch."""
+             accuracy: float, images_per_s: float, **more: Any) -> None:
+        """One training step is done; `loss` and `accuracy` are those of its global batch, ``more`` goes into its line."""
         self._position = {"step": step, "epoch": epoch, "samples": samples}
         self._append({"loss": loss, "lr": lr, "loss_scale": loss_scale, "skipped": skipped,
-                      "images_per_s": images_per_s})
+                      "images_per_s": images_per_s, **more})
         status = (f"{images_per_s:.0f} images/s loss {loss:.3f} acc {_percent(accuracy)} "
                   f"scale 2^{math.log2(loss_scale):.0f}")  # short enough for 80 columns
         with suppress(OSError):

@@ -34,10 +34,12 @@ from dpresnet.setup import (
     odd_ranks,
     put_aside,
     resolve,
+    straggler,
 )
 from dpresnet.trail import Trail
 from dpresnet.trainer import Outcome, Trainer
 
+STRAGGLES = 1.5  # times the median, and a rank is worth a warning
 LONGEST_STEPS = 10  # that a rank waits for the others, at least
 SAVES_THAT_MAY_FAIL = 3  # in a row, before a full disk ends the run
 
@@ -72,6 +74,7 @@ class Session:
         self.reporter = Reporter(Path(cfg.out), cfg, ranks=comm.size, enabled=comm.rank == 0)
         self.failed_saves, self.saved_step = 0, self.progress.step if saved else -1
         self.train_s, self.trained = 0.0, 0
+        self.busy_s, self.slowest = 0.0, {}  # since the ranks were compared last; what that has shown
         for note in notes:
             self.reporter.note(note)
 
@@ -177,17 +180,20 @@ class Session:
         cfg, progress, began = self.cfg, self.progress, time.monotonic()
         lr, scale = self.course.lr, self.trainer.scaler.scale
         recorded = Trail() if cfg.record_every and (progress.step + 1) % cfg.record_every == 0 else None
-        self.comm.events.step = progress.step + 1
+        self.comm.events.step, waited_s = progress.step + 1, self.comm.waited_s
         outcome = self.course.step(epoch, micro_batches, stop.requested, recorded)
         if recorded:
             trail.write(self.trails, progress.step, self.comm.rank, self.comm.host, recorded)
         seconds = time.monotonic() - began
         self.train_s += seconds
+        self.busy_s += seconds - (self.comm.waited_s - waited_s)
         if cfg.timeout:
             self.comm.timeout = max(self.comm.timeout, LONGEST_STEPS * seconds)
         self.trained += outcome.count
         self.reporter.step(progress.step, epoch, progress.samples, outcome.loss / outcome.count, lr, scale,
-                           self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds)  # fmt: skip
+                           self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds,
+                           **self.slowest)  # fmt: skip
+        self.slowest = {}
         if outcome.culprit:
             self.reporter.note(f"step {progress.step} skipped: {outcome.culprit}")
         if cfg.check_every and progress.step % cfg.check_every == 0:
@@ -208,10 +214,22 @@ class Session:
         if self.comm.size == 1:
             return
         self.comm.events.what = "digests of the parameters"
-        if odd := odd_ranks(self.comm.gather((self.trainer.fingerprint(), self.comm.host))):
+        found = self.comm.gather((self.trainer.fingerprint(), self.comm.host, self.busy_s))
+        self._report_straggler([busy_s for *_, busy_s in found], [host for _, host, _ in found])
+        if odd := odd_ranks([(fingerprint, host) for fingerprint, host, _ in found]):
             saved = f"step {self.saved_step}" if self.saved_step >= 0 else "none"
             raise GaveUp(f"after step {self.progress.step} {odd}: memory or arithmetic of a machine has failed; go on with "
                          f"--resume auto on other machines (last checkpoint: {saved})")  # fmt: skip
+
+    def _report_straggler(self, busy_s: list[float], hosts: list[str]) -> None:
+        """All wait for the slowest rank: the next line of the metrics says which it was, and a warning if by far."""
+        self.busy_s = 0.0
+        if min(busy_s) > 0:
+            rank, ratio = straggler(busy_s)
+            self.slowest = {"slowest_rank": rank, "slowest_ratio": ratio}
+            if ratio > STRAGGLES:
+                self.reporter.note(f"WARNING: rank {rank} on {hosts[rank]} takes {ratio:.1f} times as long as the median rank, "
+                                   "and all wait for it: look at its load, clock and disk")  # fmt: skip
 
     def _save(self, best: bool = False, required: bool = False) -> None:
         """Writes a checkpoint on rank 0. A disk that is full now may not be later, so some failures are only reported."""

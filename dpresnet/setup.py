@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+import numpy as np
+
 from dpresnet import checkpoint
 from dpresnet.comm import Comm
 from dpresnet.config import Config, validate
@@ -112,6 +114,12 @@ def odd_ranks(found: list[tuple[bytes, str]]) -> str:
     if clear:
         return f"{named} {'holds' if len(odd) == 1 else 'hold'} other parameters than the other {len(most)} ranks"
     return f"{named} hold different parameters, and no majority tells which are right"
+
+
+def straggler(busy_s: list[float]) -> tuple[int, float]:
+    """The rank that was busy longest, without waiting for others, and how many times as long as the median rank."""
+    slowest, middle = int(np.argmax(busy_s)), float(np.median(busy_s))
+    return slowest, busy_s[slowest] / middle if middle > 0 else 1.0
 
 
 def build_model(device: Device, cfg: Config, dataset: Dataset) -> Model:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpresnet.setup import odd_ranks
+from dpresnet.setup import odd_ranks, straggler
 
 A, B, C = b"a", b"b", b"c"
 
@@ -18,3 +18,11 @@ A, B, C = b"a", b"b", b"c"
 ])  # fmt: skip
 def test_the_minority_is_named_with_its_host(fingerprints, said):
     assert odd_ranks([(fingerprint, f"node{rank}") for rank, fingerprint in enumerate(fingerprints)]) == said
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "expected"),
+    [([1.0, 1.0, 3.0], (2, 3.0)), ([2.0, 1.0], (0, 2 / 1.5)), ([0.0, 0.0, 5.0], (2, 1.0)), ([4.0], (0, 1.0))],
+)
+def test_straggler_is_the_busiest_against_the_median(busy_s, expected):
+    assert straggler(busy_s) == pytest.approx(expected)

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from tests.launching import python
-from tests.system.test_train import succeed, train
+from tests.system.test_train import metrics, succeed, train
 
 BASE = ("--replicas", "3", "--batch", "8", "--steps", "8", "--timeout", "2", "--check-every", "0")
 HOST = socket.gethostname()
@@ -45,6 +45,17 @@ def test_rank_that_skips_an_exchange_is_named_afterwards(tmp_path):
     there, others = "statistics of layer1.0.bn1 of step 4", "statistics of bn1 of step 4"
     assert re.search(rf"rank 2 on {HOST} was at {there} .*, where the others were at {others}", text)
     assert "it skipped an exchange, or made one too many" in text
+
+
+def test_slow_rank_is_named_in_the_metrics_and_in_a_warning(tmp_path):
+    """It sleeps in every step; two ranks then wait for it."""
+    base = ("--replicas", "3", "--batch", "8", "--steps", "10", "--check-every", "4")
+    done = train(3, tmp_path, fault="kind=slow,rank=2,seconds=0.3", base=base)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"WARNING: rank 2 on {HOST} takes \d+\.\d times as long as the median rank", done.stderr)
+    lines = {line["step"]: line for line in metrics(tmp_path) if "slowest_rank" in line}
+    assert {5, 9} <= set(lines) <= {5, 9, 10}  # the steps after those at which the ranks were compared
+    assert lines[9]["slowest_rank"] == 2 and lines[9]["slowest_ratio"] > 1.5
 
 
 def test_run_that_ends_well_leaves_nobody_waiting(tmp_path):

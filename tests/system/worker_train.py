@@ -51,6 +51,8 @@ def wrap_step(trainer_class) -> None:
     def step(self, *args, **kwargs):
         calls[0] += 1
         self.faulty_step = calls[0] == STEP and struck(self)
+        if KIND == "slow" and struck(self):
+            time.sleep(float(FAULT["seconds"]))
         if self.faulty_step:
             before_step(self)
         return original(self, *args, **kwargs)
