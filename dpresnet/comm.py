@@ -21,6 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,13 +29,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dpresnet.errors import Late, Refused
-from dpresnet.events import Note, Ring, describe, missing, read
+from dpresnet.events import GAVE_UP, Event, Note, Ring, describe, missing, read
 
 JOIN_LIMIT_S = 300.0  # all ranks have entered MPI_Init by then, or one never will
 DELIVERY_S = 0.3  # what a rank prints before an abort reaches the launcher in this time, if at all
 ABORT_LIMIT_S = 2.0  # an abort takes no longer, or the process just ends
 SPIN_S = 2e-4  # poll this long at full speed, longer than a small message takes
 NAP_S = 5e-5  # then between naps of this length
+STOPPED_S = 1.0  # longer between two looks, and the process itself has been stopped for a while: that is nobody's delay
+LOOK_LIMIT_S = 10.0  # a folder that does not answer must not keep a rank from ending
 
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -46,9 +49,10 @@ def wait_until(done: Callable[[], bool], spin: float = SPIN_S, late: Callable[[f
     wait eat the time slices of those they wait for (1 KiB among 4 ranks on 2 cores: 10 ms instead of 0.05 ms). It also
     beats ``time.sleep(0)``, which takes 50 us on Linux.
     """
-    began = time.perf_counter()
+    last, seconds = time.perf_counter(), 0.0
     while not done():
-        seconds = time.perf_counter() - began
+        now = time.perf_counter()
+        seconds, last = seconds + min(now - last, STOPPED_S), now
         if seconds < spin:
             yield_core()
         else:
@@ -213,8 +217,9 @@ class World:
 
     def keep_events(self, folder: Path) -> None:
         """What this rank says to others is noted in a file of ``folder`` from now on, see `dpresnet.events`."""
-        self._folder = folder
-        self.events.keep(folder, self.rank, self.size, self.host)
+        with suppress(OSError):  # then in memory only
+            self.events.keep(folder, self.rank, self.size, self.host)
+            self._folder = folder
 
     def wait_until(self, done: Callable[[], bool], spin: float = SPIN_S) -> None:
         """`wait_until`, for other ranks: not longer than the time limit, and counted in ``waited_s``."""
@@ -227,11 +232,24 @@ class World:
         if not self.timeout or seconds < self.timeout or not (waiting := self.events.waiting()):
             return
         faulthandler.dump_traceback(file=2, all_threads=True)
-        others = read(self._folder) if self._folder else []
-        absent = "; ".join(describe(rank, time.time()) for rank in missing(others, waiting[0]))
-        who = f"not there: {absent}" if absent else "all ranks have started it" if others else "run folder not known yet"
-        self.events.end(self.events.begin("timeout", 0))  # so that the ring tells until when this rank has waited
-        raise Late(f"waited {seconds:.0f} s for {waiting[0]}, --timeout is {self.timeout:.0f} s; {who}")
+        event, absent = self._absent(waiting)
+        who = f"not there: {'; '.join(absent)}" if absent else "who is missing cannot be seen"
+        self.events.end(self.events.begin(GAVE_UP, 0))  # so that the ring tells until when this rank has waited
+        raise Late(f"waited {seconds:.0f} s for {event}; {who}; the limit is {self.timeout:.0f} s, see --timeout")
+
+    def _absent(self, waiting: list[Event]) -> tuple[Event, list[str]]:
+        """The last operation under way that some ranks have not started, and where those stand, as their rings say."""
+        faulthandler.dump_traceback_later(LOOK_LIMIT_S, exit=True, file=2)
+        try:
+            ranks = read(self._folder) if self._folder else []
+        except OSError:
+            ranks = []
+        faulthandler.cancel_dump_traceback_later()
+        silent = sorted(set(range(self.size)) - {rank.rank for rank in ranks}) if ranks else []
+        for event in reversed(waiting):
+            if absent := missing(ranks, event):
+                return event, [describe(rank, time.time()) for rank in absent]
+        return waiting[-1], [f"rank {rank} has noted nothing" for rank in silent]
 
     def allgather(self, a: np.ndarray) -> np.ndarray:
         """``a`` (same shape and dtype on all ranks) of every rank, as [size, *a.shape]."""

@@ -89,7 +89,8 @@ class Course:
         cfg, trainer = self.cfg, self.trainer
         epoch, start = divmod(self.progress.step, self.steps_per_epoch)
         samples = order(cfg.seed, epoch, len(self.dataset.train))
-        loader = Loader(self.dataset.train, samples, cfg.replicas, cfg.batch, trainer.replicas_range, start * cfg.accumulate)
+        loader = Loader(self.dataset.train, samples, cfg.replicas, cfg.batch, trainer.replicas_range,
+                        start * cfg.accumulate, ahead=max(2, cfg.accumulate))  # fmt: skip
         for micro_batches in in_steps(loader, cfg.accumulate):
             yield epoch, micro_batches
 

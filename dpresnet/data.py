@@ -103,7 +103,7 @@ class Loader:
     of b samples that starts at v*b. The last batch holds what remains, so its later replicas may have fewer samples or
     none. A shuffled epoch passes ``order(seed, epoch, n)``; evaluation passes ``np.arange(n)``.
 
-    Iterating makes the next two batches in a thread. Its exceptions are raised here, at the batch that they belong to,
+    Iterating makes the next ``ahead`` batches in a thread. Its exceptions are raised here, at the batch that they belong to,
     and it ends with the iteration, whether that is exhausted, left early or failed.
     """
 
@@ -113,6 +113,7 @@ class Loader:
     batch: int
     local: range
     start: int = 0
+    ahead: int = _PREFETCHED
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.steps:
@@ -143,7 +144,7 @@ class Loader:
             ahead = deque()
             for step in range(self.start, self.steps):
                 ahead.append(pool.submit(self.at, step))
-                if len(ahead) > _PREFETCHED:
+                if len(ahead) > self.ahead:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

@@ -23,6 +23,8 @@ EVENT = np.dtype([  # times are seconds since 1970; ``ended`` is 0 while the ran
 HEADER_BYTES = 512  # JSON: rank, size, host
 FORMAT = 1
 
+FAREWELL, GAVE_UP = "farewell", "timeout"  # channels of ranks that end: nobody waits there for work to go on
+
 Note = tuple[str, int, int]
 
 
@@ -60,7 +62,7 @@ class Ring:
 
     def waiting(self) -> list[Event]:
         """The operations that have not ended, the oldest first."""
-        return [event for event in in_order(self.events) if not event.ended]
+        return under_way(in_order(self.events))
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ def in_order(events: np.ndarray) -> list[Event]:
     return sorted(noted, key=lambda event: (event.began, event.number))
 
 
+def under_way(events: list[Event]) -> list[Event]:
+    """Those that have not ended."""
+    return [event for event in events if not event.ended and event.channel not in (FAREWELL, GAVE_UP)]
+
+
 @dataclass(frozen=True)
 class Rank:
     """The ring of a rank, as read from its file."""
@@ -105,8 +112,8 @@ class Rank:
 
     @property
     def waits_for(self) -> Event | None:
-        """The oldest operation that it has started and that has not ended."""
-        return next((event for event in self.events if not event.ended), None)
+        """What it has come to last of what has not ended: sums of buckets may be under way besides."""
+        return max(under_way(self.events), key=lambda event: event.began, default=None)
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"

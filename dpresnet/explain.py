@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpresnet.errors import Refused
-from dpresnet.events import Event, Rank, describe, missing, read
+from dpresnet.events import FAREWELL, GAVE_UP, Event, Rank, describe, missing, read, under_way
 
 
 def explain(ranks: list[Rank]) -> str:
@@ -29,15 +29,14 @@ def conclusions(ranks: list[Rank]) -> Iterator[str]:
     if strays := first_disagreement(ranks):
         yield from strays
         return
-    waiting = [(event.began, rank, event) for rank in ranks if (event := rank.waits_for)]
-    blamed = [(event, missing(ranks, event)) for _, _, event in sorted(waiting, key=lambda found: found[0])]
-    for event, culprits in blamed:
-        if culprits:
-            names = " and ".join(map(str, culprits))
-            yield f"{names} never came to {event}; the others waited there"
+    besides = [event for rank in ranks for event in under_way(rank.events)]
+    waiting = sorted((event for rank in ranks if (event := rank.waits_for)), key=lambda event: event.began)
+    for event in [*waiting, *besides]:
+        if culprits := missing(ranks, event):
+            yield f"{' and '.join(map(str, culprits))} never came to {event}; the others waited there"
             return
     if waiting:
-        yield f"every rank has come to {blamed[0][0]}, and it did not end: the network, or the MPI library"
+        yield f"every rank has come to {waiting[-1]}, and it did not end: the network, or the MPI library"
     else:
         yield "no rank was waiting for another"
 
@@ -46,12 +45,15 @@ def first_disagreement(ranks: list[Rank]) -> list[str]:
     """All ranks do the same thing as operation n of a channel; the first one where they do not, if any."""
     by_number: dict[tuple[str, int], list[tuple[Rank, Event]]] = {}
     for rank in ranks:
-        for event in rank.events:
+        for event in (event for event in rank.events if event.channel not in (FAREWELL, GAVE_UP)):
             by_number.setdefault((event.channel, event.number), []).append((rank, event))
     for _, found in sorted(by_number.items(), key=lambda item: min(event.began for _, event in item[1])):
         kinds = Counter((event.what, event.step) for _, event in found)
         if len(kinds) > 1:
-            usual = kinds.most_common(1)[0][0]
+            (usual, most), (_, second), *_ = kinds.most_common()
+            if most == second:
+                stood = ", ".join(f"{rank} was at {event}" for rank, event in found)
+                return [f"{stood}: one skipped an exchange, or made one too many, and no majority tells which"]
             odd = [(rank, event) for rank, event in found if (event.what, event.step) != usual]
             others = next(event for _, event in found if (event.what, event.step) == usual)
             return [f"{rank} was at {event}, where the others were at {others}: it skipped an exchange, or made one too many"

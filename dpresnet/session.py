@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,9 @@ from dpresnet.trail import Trail
 from dpresnet.trainer import Outcome, Trainer
 
 STRAGGLES = 1.5  # times the median, and a rank is worth a warning
-LONGEST_STEPS = 10  # that a rank waits for the others, at least
+LONGEST_STEPS = 10  # that a rank waits for the others, at least: of the RECENT ones
+RECENT = 100
+SLOW_S = 900.0  # that it waits at least while others set up (compile, read data) or rank 0 writes a checkpoint
 SAVES_THAT_MAY_FAIL = 3  # in a row, before a full disk ends the run
 
 
@@ -50,6 +53,7 @@ class Session:
     def __init__(self, cfg: Config, comm: Comm):
         self.comm = comm
         self.started_at = time.monotonic()
+        self._wait_at_most(cfg.timeout, SLOW_S)
         self.folder, self.trails, self.events = (Path(cfg.out) / name for name in ("checkpoints", "trail", "events"))
         saved, rejected = from_rank_0(comm, lambda: find_checkpoint(cfg))
         self.dataset = load(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
@@ -64,10 +68,12 @@ class Session:
         if not cfg.dry_run:
             notes += from_rank_0(comm, lambda: self._claim_folder(cfg, saved))
             comm.keep_events(self.events)
-            comm.timeout = cfg.timeout
         self._ranks_on_device = -(-comm.local_size // len(devices))
         self.trainer = self._in_turn(self._build)
+        comm.events.what = "what the ranks are to have in common"
         handshake(comm, self._facts())
+        self.longest: deque[float] = deque([0.0], RECENT)  # seconds of the last steps
+        self._wait_at_most(cfg.timeout)
         self.course = Course(cfg, self.dataset, self.trainer)
         self.course.begin(saved)
         self.progress = self.course.progress
@@ -79,6 +85,10 @@ class Session:
             self.reporter.note(note)
 
     # Setting up
+
+    def _wait_at_most(self, timeout: float, at_least: float = 0.0) -> None:
+        """How long this rank waits for others: as --timeout says, or longer for what may take long; 0: for ever."""
+        self.comm.timeout = max(timeout, at_least) if timeout else 0.0
 
     def _claim_folder(self, cfg: Config, saved: checkpoint.Checkpoint | None) -> list[str]:
         """On rank 0: nobody else writes to the run folder, it can be written, and a fresh run finds no old checkpoints."""
@@ -103,6 +113,7 @@ class Session:
 
         If it refuses, the others get their turn all the same: they will refuse alike.
         """
+        self.comm.events.what = "the first rank of the node to compile"
         if self.comm.local_rank:
             self.comm.node_barrier()
             return build()
@@ -129,6 +140,7 @@ class Session:
 
     def run(self, stop: StopFlag) -> None:
         """Trains to the end; raises Stopped after saving when any rank was asked to stop."""
+        self.comm.events.what = "requests to stop"
         if self.comm.agree([stop.requested])[0]:
             raise Stopped("stopped on request before the first step: nothing was lost")
         with self.reporter:
@@ -143,9 +155,9 @@ class Session:
 
     def _epoch(self, stop: StopFlag) -> Outcome | None:
         """The rest of the current epoch; returns the test result if it was completed."""
-        test = None
+        test, began = None, time.monotonic()
         for epoch, micro_batches in self.course.rest_of_epoch():
-            outcome = self._step(epoch, micro_batches, stop)
+            outcome = self._step(epoch, micro_batches, stop, began)
             record = False
             if self.course.at_end_of_epoch:
                 test = self._evaluate()
@@ -153,6 +165,7 @@ class Session:
             self._save_if_due(epoch, record, outcome.stop)
             if self.progress.step == self.course.last:
                 break
+            began = time.monotonic()
         return test
 
     def _close_epoch(self, epoch: int, test: Outcome) -> bool:
@@ -175,20 +188,20 @@ class Session:
         if stop:
             raise Stopped(f"stopped on request after step {step}; --resume auto goes on from there")
 
-    def _step(self, epoch: int, micro_batches: list[Batch], stop: StopFlag) -> Outcome:
-        """One training step and its line in the report."""
-        cfg, progress, began = self.cfg, self.progress, time.monotonic()
+    def _step(self, epoch: int, micro_batches: list[Batch], stop: StopFlag, began: float) -> Outcome:
+        """One training step and its line in the report; its time counts from ``began``, when its images were asked for."""
+        cfg, progress = self.cfg, self.progress
         lr, scale = self.course.lr, self.trainer.scaler.scale
         recorded = Trail() if cfg.record_every and (progress.step + 1) % cfg.record_every == 0 else None
         self.comm.events.step, waited_s = progress.step + 1, self.comm.waited_s
         outcome = self.course.step(epoch, micro_batches, stop.requested, recorded)
         if recorded:
-            trail.write(self.trails, progress.step, self.comm.rank, self.comm.host, recorded)
+            self._leave_trail(recorded)
         seconds = time.monotonic() - began
         self.train_s += seconds
         self.busy_s += seconds - (self.comm.waited_s - waited_s)
-        if cfg.timeout:
-            self.comm.timeout = max(self.comm.timeout, LONGEST_STEPS * seconds)
+        self.longest.append(seconds)
+        self._wait_at_most(cfg.timeout, LONGEST_STEPS * max(self.longest))
         self.trained += outcome.count
         self.reporter.step(progress.step, epoch, progress.samples, outcome.loss / outcome.count, lr, scale,
                            self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds,
@@ -199,6 +212,14 @@ class Session:
         if cfg.check_every and progress.step % cfg.check_every == 0:
             self._compare_ranks()
         return outcome
+
+    def _leave_trail(self, recorded: Trail) -> None:
+        """Writes the trail of the last step; a disk that is full does not end the run."""
+        try:
+            trail.write(self.trails, self.progress.step, self.comm.rank, self.comm.host, recorded)
+        except OSError as error:
+            step = self.progress.step
+            self.reporter.note(f"WARNING: the trail of step {step} cannot be written to {self.trails} ({error.strerror})")
 
     def _evaluate(self) -> Outcome:
         """The test split, each sample exactly once over all replicas."""
@@ -235,7 +256,9 @@ class Session:
         """Writes a checkpoint on rank 0. A disk that is full now may not be later, so some failures are only reported."""
         self._compare_ranks()
         self.comm.events.what = "the checkpoint of rank 0"
+        self._wait_at_most(self.cfg.timeout, SLOW_S)
         failed = from_rank_0(self.comm, lambda: self._write_checkpoint(best))
+        self._wait_at_most(self.cfg.timeout, LONGEST_STEPS * max(self.longest))
         self.failed_saves = self.failed_saves + 1 if failed else 0
         if not failed:
             self.saved_step = self.progress.step
@@ -269,6 +292,7 @@ class Session:
         return ""
 
     def _finish(self, test: Outcome) -> None:
+        self.comm.events.what = "the result"
         peaks = self.comm.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         cfg = self.cfg
         result = {

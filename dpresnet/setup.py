@@ -117,8 +117,9 @@ def odd_ranks(found: list[tuple[bytes, str]]) -> str:
 
 
 def straggler(busy_s: list[float]) -> tuple[int, float]:
-    """The rank that was busy longest, without waiting for others, and how many times as long as the median rank."""
-    slowest, middle = int(np.argmax(busy_s)), float(np.median(busy_s))
+    """The rank that was busy longest, without waiting for others, and how many times as long as the median of the others."""
+    slowest = int(np.argmax(busy_s))
+    middle = float(np.median(np.delete(busy_s, slowest))) if len(busy_s) > 1 else 0.0
     return slowest, busy_s[slowest] / middle if middle > 0 else 1.0
 
 

@@ -285,6 +285,7 @@ class Trainer:
         def combine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
             return np.concatenate([merge_moments(left[layer], right[layer]) for layer in layers])
 
+        self.comm.events.what = "running statistics"
         merged = self._exchange.combine(rows, combine)
         self._moments = {name: merged[layer] for name, layer in zip(names, layers, strict=True)}
 

@@ -51,7 +51,8 @@ def read_run(folder: Path) -> Run:
     """Refused if the folder is not one that training has written."""
     try:
         cfg = from_json(json.loads((folder / "config.json").read_text()))
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        whole = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # a run that was killed may have torn the last line
+        lines = [json.loads(line) for line in whole.splitlines()]
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
     except OSError as error:
         raise Refused(f"{folder} is not the folder of a run: {error.filename} cannot be read ({error.strerror})") from None
@@ -97,10 +98,9 @@ class Comparison:
         self.same["epochs"] += 1
 
     def end(self, step: int, digest: str) -> None:
-        """After the last step."""
-        if self.run.result.get("steps") == step:
-            self._compare(step, {"params_sha256": digest}, self.run.result)
-            self.same["result"] += 1
+        """After the last step of the run."""
+        self._compare(step, {"params_sha256": digest}, self.run.result)
+        self.same["result"] += 1
 
     def _compare(self, step: int, repeated: dict[str, Any], recorded: dict[str, Any]) -> None:
         for key, value in plain(repeated).items():
@@ -147,7 +147,8 @@ def repeat(run: Run, course: Any, until: int) -> Comparison:
         comparison.step(course, line, marks)
         if course.at_end_of_epoch and step in run.epochs:
             comparison.epoch(step, epoch_line(course))
-    comparison.end(course.progress.step, course.trainer.digest())
+        if step == run.result.get("steps"):
+            comparison.end(step, course.trainer.digest())
     return comparison
 
 
@@ -183,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--from", dest="start", type=int, default=0, metavar="STEP",
                          help="begin at the checkpoint of this step (0: at the begin of the run)")  # fmt: skip
     command.add_argument("--steps", type=int, default=0, metavar="N", help="repeat so many (0: up to the last recorded one)")
-    command.add_argument("--device", default="auto", help="OpenCL device: its index, or part of its name")
+    command.add_argument("--device", help="OpenCL device: its index, or part of its name (as the run chose it)")
     command.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     return command
 
@@ -191,25 +192,27 @@ def parser() -> argparse.ArgumentParser:
 def run_program(args: argparse.Namespace) -> str:
     """Repeats and compares; says what was the same."""
     run = read_run(args.run)
-    run = replace(run, cfg=replace(run.cfg, device=args.device, threads=args.threads, debug=False))
+    device = run.cfg.device if args.device is None else args.device
+    run = replace(run, cfg=replace(run.cfg, device=device, threads=args.threads, debug=False))
     if args.start and args.start not in run.checkpoints:
         raise Refused(f"--from {args.start}: there are checkpoints of the steps {sorted(run.checkpoints)}")
     until = min(run.last, args.start + args.steps) if args.steps else run.last
     if until <= args.start:
         raise Refused(f"{args.run} has recorded nothing after step {args.start}: nothing can be compared")
     environment.prepare(args.threads, 0, 1)
-    course = build(run, load(run.checkpoints[args.start]) if args.start else None)
+    saved = load(run.checkpoints[args.start]) if args.start else None
+    course = build(run, saved)
     try:
         same = repeat(run, course, until).same
     except DifferentBits as error:
-        raise DifferentBits(f"{error}{other_device(run, course.trainer.model.device.name)}") from None
+        raise DifferentBits(f"{error}{other_device(run, saved, course.trainer.model.device.name)}") from None
     compared = ", ".join(f"{count} {name}" for name, count in same.items())
     return f"{args.run}: steps {args.start + 1} to {until} repeated, every bit the same ({compared})"
 
 
-def other_device(run: Run, name: str) -> str:
+def other_device(run: Run, saved: Checkpoint | None, name: str) -> str:
     """What to think of first, if the run was another device's."""
-    recorded = run.result.get("device", name)
+    recorded = run.result.get("device") or (saved.meta["versions"]["device"] if saved else name)
     return "" if recorded == name else f" (the run was on {recorded}, this is {name}: other devices round differently)"
 
 

@@ -89,6 +89,30 @@ def test_the_rank_that_never_came_is_named():
     assert "rank 1 on node1 was last seen 0 s before, after bn1" in text
 
 
+def test_buckets_under_way_do_not_hide_who_is_missing():
+    """A bucket's sums are looked at between other things: what all have started need not have ended."""
+    bucket = Event("alltoall", 1, 99.0, 0.0, 64, 7, "the parts of bucket 0")
+    ranks = [rank_of(0, *LATE), rank_of(1, ("bn1", True)), rank_of(2, *LATE)]
+    with_buckets = [Rank(rank.rank, rank.size, rank.host, [bucket, *rank.events]) for rank in ranks]
+    assert "rank 1 on node1 never came to bn2" in said(*with_buckets)
+    assert "rank 0 on node0 has waited for 0 s in bn2" in said(*with_buckets)
+
+
+def test_a_farewell_is_no_exchange_that_others_miss():
+    """A rank that has refused waits for the others to say so too; they wait for it elsewhere."""
+    farewell = Event("farewell", 1, 99.0, 0.0, 32, 7, "")
+    gave_up = [Event("timeout", 1, 105.0, 105.0, 0, 7, what) for what in ("bn2", "bn3")]
+    refused = Rank(1, 3, "node1", [*rank_of(1, ("bn1", True)).events, farewell])
+    others = [Rank(n, 3, f"node{n}", [*rank_of(n, *LATE).events, event]) for n, event in zip((0, 2), gave_up, strict=True)]
+    text = said(others[0], refused, others[1])
+    assert "rank 1 on node1 never came to bn2" in text and "skipped" not in text and "farewell" not in text.splitlines()[-1]
+
+
+def test_two_ranks_that_disagree_are_both_named():
+    text = said(rank_of(0, ("bn2", True), size=2), rank_of(1, ("bn1", True), size=2))
+    assert "rank 0 on node0 was at bn2" in text and "rank 1 on node1 was at bn1" in text and "no majority tells which" in text
+
+
 def test_a_rank_that_left_nothing_is_named():
     assert "of 3 ranks, rank 2 has left nothing" in said(rank_of(0, *LATE), rank_of(1, *LATE))
 

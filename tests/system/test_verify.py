@@ -99,6 +99,13 @@ def test_difference_in_the_result_is_found(recorded, tmp_path):
     assert "DIFFERENT: step 16: params_sha256 was" in found.stderr and "the run was on Acme One" in found.stderr
 
 
+def test_a_torn_last_line_of_the_metrics_is_no_difference(recorded, tmp_path):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 17, "lo')
+    assert verify(tmp_path, "--from", "12").returncode == 0
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     (("--from", "5"), ["--from 5", "[6, 12, 16]"]),
     (("--from", "16"), ["nothing after step 16"]),
@@ -120,6 +127,7 @@ def test_trail_of_an_earlier_run_does_not_stay(recorded, tmp_path):
     succeed(4, tmp_path, "--steps", "13", "--resume", str(tmp_path / "checkpoints" / "step-00000006.h5"), base=BASE)
     names = sorted(path.name for path in (tmp_path / "trail").iterdir())
     assert names == [f"step-{step:08d}.rank-{rank}.json" for step, ranks in ((4, 2), (8, 4), (12, 4)) for rank in range(ranks)]
-    assert verify(tmp_path).returncode == 0
+    done = verify(tmp_path)
+    assert done.returncode == 0 and "1 result" in done.stdout
     succeed(0, tmp_path, "--steps", "3", base=BASE)
     assert list((tmp_path / "trail").iterdir()) == []

@@ -22,16 +22,25 @@ def test_rank_that_sleeps_is_named_with_all_stacks(tmp_path):
     done = train(3, tmp_path, fault="kind=sleep,rank=1,step=4", base=BASE)
     assert done.returncode != 0 and done.seconds < 40
     event = r"statistics of bn1 of step 4 \(exchange \d+, \d+ bytes\)"
-    assert re.search(rf"Late: waited \d+ s for {event}, --timeout is", done.stderr)
+    assert re.search(rf"Late: waited \d+ s for {event}; not there", done.stderr)
     assert f"not there: rank 1 on {HOST} was last seen" in done.stderr
     assert "after losses of step 3" in done.stderr
     assert re.search(r"(Current t|T)hread 0x[0-9a-f]+ .*\n  File ", done.stderr)
     text = explained(tmp_path)
     assert f"rank 1 on {HOST} never came to statistics of bn1 of step 4" in text
-    assert re.search(rf"rank 0 on {HOST} has waited for [23] s in statistics of bn1 of step 4", text)
+    assert re.search(rf"rank 0 on {HOST} has waited for \d+ s in statistics of bn1 of step 4", text)
 
 
-@pytest.mark.parametrize("fault", ["kind=kill,rank=1,step=4", "kind=loader,replica=1,step=3"])
+def test_rank_that_sleeps_while_buckets_are_under_way_is_named(tmp_path):
+    """Sums of buckets that all ranks have started are not what the others wait for."""
+    fault, many = "kind=sleep-in-backward,rank=1,step=4", ("--first-bucket-mb", "0.01", "--bucket-mb", "0.05")
+    done = train(3, tmp_path, *many, fault=fault, base=BASE)
+    assert done.returncode != 0 and done.seconds < 40
+    assert re.search(r"Late: waited \d+ s for sums of layer1.1.bn1 of step 4 .*; not there: rank 1 on", done.stderr)
+    assert f"rank 1 on {HOST} never came to sums of layer1.1.bn1" in explained(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["kind=kill,rank=1,step=4,after=1", "kind=loader,replica=1,step=3"])
 def test_rank_that_ends_is_named_afterwards(tmp_path, fault):
     done = train(3, tmp_path, fault=fault, base=BASE)
     assert done.returncode != 0 and done.seconds < 40
@@ -49,13 +58,13 @@ def test_rank_that_skips_an_exchange_is_named_afterwards(tmp_path):
 
 def test_slow_rank_is_named_in_the_metrics_and_in_a_warning(tmp_path):
     """It sleeps in every step; two ranks then wait for it."""
-    base = ("--replicas", "3", "--batch", "8", "--steps", "10", "--check-every", "4")
-    done = train(3, tmp_path, fault="kind=slow,rank=2,seconds=0.3", base=base)
+    base = ("--replicas", "3", "--batch", "8", "--steps", "6", "--check-every", "2")
+    done = train(3, tmp_path, fault="kind=slow,rank=2,seconds=1.5", base=base)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"WARNING: rank 2 on {HOST} takes \d+\.\d times as long as the median rank", done.stderr)
     lines = {line["step"]: line for line in metrics(tmp_path) if "slowest_rank" in line}
-    assert {5, 9} <= set(lines) <= {5, 9, 10}  # the steps after those at which the ranks were compared
-    assert lines[9]["slowest_rank"] == 2 and lines[9]["slowest_ratio"] > 1.5
+    assert set(lines) >= {3, 5}  # the steps after those at which the ranks were compared
+    assert lines[5]["slowest_rank"] == 2 and lines[5]["slowest_ratio"] > 1.5
 
 
 def test_run_that_ends_well_leaves_nobody_waiting(tmp_path):

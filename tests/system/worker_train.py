@@ -29,6 +29,7 @@ def before_step(trainer) -> None:
     if KIND == "exception":
         raise KeyError("what went wrong")
     if KIND == "kill":
+        time.sleep(float(FAULT.get("after", 0)))
         os.kill(os.getpid(), signal.SIGKILL)
     if KIND == "term":
         os.kill(os.getpid(), signal.SIGTERM)
@@ -86,6 +87,8 @@ def wrap_exchange(exchange_class, trainer_class) -> None:
     def _agree(self, entry, event):
         if self.faulty_step and not self.skipped:
             self.skipped = self._statistics.skips_one = True
+        if self.faulty_step and KIND == "sleep-in-backward" and entry.name == "layer1.1.bn1" and entry.kind == "sums":
+            time.sleep(1e6)
         agree(self, entry, event)
 
     exchange_class.skips_one, trainer_class.skipped = False, False
