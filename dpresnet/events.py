@@ -23,6 +23,7 @@ EVENT = np.dtype([  # times are seconds since 1970; ``ended`` is 0 while the ran
 HEADER_BYTES = 512  # JSON: rank, size, host
 FORMAT = 1
 
+BLOCKING = ("exchange", "node")  # channels on which a rank does nothing else meanwhile; sums of buckets go on beside its work
 FAREWELL, GAVE_UP = "farewell", "timeout"  # channels of ranks that end: nobody waits there for work to go on
 
 Note = tuple[str, int, int]
@@ -112,8 +113,8 @@ class Rank:
 
     @property
     def waits_for(self) -> Event | None:
-        """What it has come to last of what has not ended: sums of buckets may be under way besides."""
-        return max(under_way(self.events), key=lambda event: event.began, default=None)
+        """What it has come to last and what has not ended; a sum of a bucket, which goes on besides, only if nothing else."""
+        return max(under_way(self.events), key=lambda event: (event.channel in BLOCKING, event.began), default=None)
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpresnet.errors import Refused
-from dpresnet.events import FAREWELL, GAVE_UP, Event, Rank, describe, missing, read, under_way
+from dpresnet.events import BLOCKING, FAREWELL, GAVE_UP, Event, Rank, describe, missing, read, under_way
 
 
 def explain(ranks: list[Rank]) -> str:
@@ -29,14 +29,14 @@ def conclusions(ranks: list[Rank]) -> Iterator[str]:
     if strays := first_disagreement(ranks):
         yield from strays
         return
-    besides = [event for rank in ranks for event in under_way(rank.events)]
-    waiting = sorted((event for rank in ranks if (event := rank.waits_for)), key=lambda event: event.began)
-    for event in [*waiting, *besides]:
+    pending = [event for rank in ranks for event in under_way(rank.events)]
+    waiting = sorted(pending, key=lambda event: (event.channel not in BLOCKING, event.began))
+    for event in waiting:
         if culprits := missing(ranks, event):
             yield f"{' and '.join(map(str, culprits))} never came to {event}; the others waited there"
             return
     if waiting:
-        yield f"every rank has come to {waiting[-1]}, and it did not end: the network, or the MPI library"
+        yield f"every rank has come to {waiting[0]}, and it did not end: the network, or the MPI library"
     else:
         yield "no rank was waiting for another"
 

@@ -98,6 +98,14 @@ def test_buckets_under_way_do_not_hide_who_is_missing():
     assert "rank 0 on node0 has waited for 0 s in bn2" in said(*with_buckets)
 
 
+def test_a_bucket_that_a_sleeping_rank_has_under_way_accuses_nobody():
+    """The rank that everybody waits for may itself have sums under way that others have not come to."""
+    bucket = Event("allgather", 8, 100.2, 0.0, 64, 7, "the sum of bucket 8")
+    asleep = Rank(1, 3, "node1", [*rank_of(1, ("bn1", True)).events, bucket])
+    text = said(rank_of(0, *LATE), asleep, rank_of(2, *LATE))
+    assert text.splitlines()[-1].startswith("rank 1 on node1 never came to bn2")
+
+
 def test_a_farewell_is_no_exchange_that_others_miss():
     """A rank that has refused waits for the others to say so too; they wait for it elsewhere."""
     farewell = Event("farewell", 1, 99.0, 0.0, 32, 7, "")

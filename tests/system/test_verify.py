@@ -85,7 +85,7 @@ def test_difference_in_the_metrics_names_step_and_value(recorded, tmp_path, key,
         if line["step"] == step and key in line:
             line[key] += 2**-40
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = verify(tmp_path)
+    found = verify(tmp_path, *(("--from", "6") if step > 6 else ()))
     assert found.returncode == 70
     assert f"DIFFERENT: step {step}: {key} was " in found.stderr
 

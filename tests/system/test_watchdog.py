@@ -8,7 +8,7 @@ import pytest
 from tests.launching import python
 from tests.system.test_train import metrics, succeed, train
 
-BASE = ("--replicas", "3", "--batch", "8", "--steps", "8", "--timeout", "2", "--check-every", "0")
+BASE = ("--replicas", "3", "--batch", "8", "--steps", "8", "--timeout", "1", "--check-every", "0")
 HOST = socket.gethostname()
 
 
@@ -58,8 +58,8 @@ def test_rank_that_skips_an_exchange_is_named_afterwards(tmp_path):
 
 def test_slow_rank_is_named_in_the_metrics_and_in_a_warning(tmp_path):
     """It sleeps in every step; two ranks then wait for it."""
-    base = ("--replicas", "3", "--batch", "8", "--steps", "6", "--check-every", "2")
-    done = train(3, tmp_path, fault="kind=slow,rank=2,seconds=1.5", base=base)
+    base = ("--replicas", "3", "--batch", "8", "--steps", "5", "--check-every", "2")
+    done = train(3, tmp_path, fault="kind=slow,rank=2,seconds=1", base=base)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"WARNING: rank 2 on {HOST} takes \d+\.\d times as long as the median rank", done.stderr)
     lines = {line["step"]: line for line in metrics(tmp_path) if "slowest_rank" in line}
