@@ -1,5 +1,8 @@
 """The ways a run ends on purpose, each with the exit code that launchers and schedulers read."""
 
+import sys
+from collections.abc import Callable
+
 
 class Refused(Exception):
     """Configuration or data that cannot work. The message is one line: the value, why, and the remedy."""
@@ -16,7 +19,7 @@ class GaveUp(Exception):
 class DifferentBits(Exception):
     """A repeated run computed something else than the recorded one. The message names the first difference."""
 
-    exit_code = 70
+    exit_code, word = 70, "DIFFERENT"
 
 
 class Late(RuntimeError):
@@ -27,3 +30,13 @@ class Stopped(Exception):
     """Stopped on request after saving; the same command with ``--resume auto`` goes on bit for bit."""
 
     exit_code = 75
+
+
+def exit_code(program: Callable[[], None]) -> int:
+    """Runs a program of one process: 0, or the exit code of its planned end, which is said in one line on stderr."""
+    try:
+        program()
+    except (Refused, GaveUp, DifferentBits) as error:
+        print(f"{getattr(error, 'word', 'error')}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

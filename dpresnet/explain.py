@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dpresnet.errors import Refused
+from dpresnet.errors import Refused, exit_code
 from dpresnet.events import BLOCKING, FAREWELL, GAVE_UP, Event, Rank, describe, missing, read, under_way
 
 
@@ -61,6 +61,14 @@ def first_disagreement(ranks: list[Rank]) -> list[str]:
     return []
 
 
+def run(folder: Path) -> None:
+    """Prints the explanation. Refused if there is nothing to explain."""
+    ranks = read(folder / "events")
+    if not ranks:
+        raise Refused(f"{folder} holds no events: it is not the folder of a run, or of a run of one process")
+    print(explain(ranks))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     command = argparse.ArgumentParser(prog="python -m dpresnet.explain", description=__doc__.split("\n\n")[0].split(": ", 1)[1])
@@ -70,14 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 78 if the folder holds no events."""
-    args = parser().parse_args(argv)
-    ranks = read(args.run / "events")
-    if not ranks:
-        error = Refused(f"{args.run} holds no events: it is not the folder of a run, or of a run of one process")
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(explain(ranks))
-    return 0
+    return exit_code(lambda: run(parser().parse_args(argv).run))
 
 
 if __name__ == "__main__":

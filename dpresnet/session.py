@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from dpresnet import __version__, checkpoint, trail
-from dpresnet.amp import LossScaler
 from dpresnet.comm import Comm
-from dpresnet.config import Config, check_resume, digest, from_json, statistics_group, to_json
+from dpresnet.config import Config, check_resume, digest, from_json, to_json
 from dpresnet.course import Course
 from dpresnet.data import Batch, load
 from dpresnet.device import Device, candidates
@@ -26,8 +25,8 @@ from dpresnet.errors import GaveUp, Refused, Stopped
 from dpresnet.failure import StopFlag
 from dpresnet.report import Reporter
 from dpresnet.setup import (
-    build_model,
-    check_memory,
+    build_trainer,
+    check_dataset,
     claim,
     find_checkpoint,
     from_rank_0,
@@ -60,8 +59,7 @@ class Session:
         self.cfg = cfg = resolve(cfg, self.dataset, comm.size, from_json(saved.meta["config"]) if saved else None)
         if saved:
             check_resume(saved.meta["config"], cfg)
-            if saved.meta["fingerprint"] != self.dataset.fingerprint:
-                raise Refused(f"--resume {saved.path}: that run used another version of the data set {cfg.dataset}")
+        check_dataset(saved, self.dataset, cfg.dataset)
         devices = candidates(cfg.device)
         self.device = Device(devices[comm.local_rank % len(devices)])
         notes = [f"passed over {bad}" for bad in rejected]
@@ -101,12 +99,7 @@ class Session:
         return [note] if note else []
 
     def _build(self) -> Trainer:
-        cfg = self.cfg
-        model = build_model(self.device, cfg, self.dataset)
-        check_memory(model, cfg.replicas // self.comm.size, self._ranks_on_device)
-        scaler = LossScaler() if cfg.precision == "fp16" else LossScaler.disabled()
-        return Trainer(model, self.comm, cfg.replicas, group=statistics_group(cfg.bn, cfg.replicas), scaler=scaler,
-                       first_bucket_mb=cfg.first_bucket_mb, bucket_mb=cfg.bucket_mb, check=cfg.debug)  # fmt: skip
+        return build_trainer(self.device, self.cfg, self.dataset, self.comm, self._ranks_on_device)
 
     def _in_turn(self, build: Callable[[], Trainer]) -> Trainer:
         """The first rank of a node compiles every kernel into the shared cache, the others find it there.

@@ -14,13 +14,15 @@ from typing import TextIO, TypeVar
 import numpy as np
 
 from dpresnet import checkpoint
+from dpresnet.amp import LossScaler
 from dpresnet.comm import Comm
-from dpresnet.config import Config, validate
+from dpresnet.config import Config, statistics_group, validate
 from dpresnet.data import Dataset
 from dpresnet.device import Device
 from dpresnet.errors import GaveUp, Refused
 from dpresnet.model import PRIVATE, Model, Pixels
 from dpresnet.resnet import Options, resolve_shortcut
+from dpresnet.trainer import Trainer
 
 T = TypeVar("T")
 
@@ -66,6 +68,12 @@ def find_checkpoint(cfg: Config) -> tuple[checkpoint.Checkpoint | None, list[str
         return checkpoint.load(cfg.resume), []
     found = checkpoint.newest(Path(cfg.out) / "checkpoints")
     return (found[0], [str(bad) for bad in found[1]]) if found else (None, [])
+
+
+def check_dataset(saved: checkpoint.Checkpoint | None, dataset: Dataset, name: str) -> None:
+    """Refuses a checkpoint of a run whose data set of that name held other samples."""
+    if saved and saved.meta["fingerprint"] != dataset.fingerprint:
+        raise Refused(f"checkpoint {saved.path}: that run used another version of the data set {name}")
 
 
 def claim(out: Path) -> TextIO:
@@ -134,6 +142,15 @@ def build_model(device: Device, cfg: Config, dataset: Dataset) -> Model:
     options = Options(cfg.num_classes, cfg.stem, cfg.shortcut, cfg.block, cfg.zero_init_residual)
     return Model(device, cfg.arch, options, dataset.shape, cfg.batch, cfg.precision, cfg.label_smoothing, pixels,
                  accumulate=cfg.accumulate > 1)  # fmt: skip
+
+
+def build_trainer(device: Device, cfg: Config, dataset: Dataset, comm: Comm, ranks_on_device: int = 1) -> Trainer:
+    """The network of a resolved configuration with this rank's replicas, before anything is in its arrays."""
+    model = build_model(device, cfg, dataset)
+    check_memory(model, cfg.replicas // comm.size, ranks_on_device)
+    scaler = LossScaler() if cfg.precision == "fp16" else LossScaler.disabled()
+    return Trainer(model, comm, cfg.replicas, group=statistics_group(cfg.bn, cfg.replicas), scaler=scaler,
+                   first_bucket_mb=cfg.first_bucket_mb, bucket_mb=cfg.bucket_mb, check=cfg.debug)  # fmt: skip
 
 
 def check_memory(model: Model, replicas: int, ranks_on_device: int) -> None:

@@ -21,7 +21,7 @@ from dpresnet import environment, tiles
 from dpresnet.bench.facts import table
 from dpresnet.bench.flags import add_workload, positive, workload
 from dpresnet.bench.workload import Workload
-from dpresnet.errors import Refused
+from dpresnet.errors import Refused, exit_code
 
 CANNOT = f"cannot be written ({{}}): set {tiles.VARIABLE} to another path"
 
@@ -145,12 +145,7 @@ def written(file: Path, device: Any, winners: dict[str, tiles.Sizes | None]) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of what was refused, with one line on stderr."""
-    try:
-        run(argv)
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

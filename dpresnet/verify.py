@@ -22,7 +22,7 @@ import numpy as np
 from dpresnet import environment, trail
 from dpresnet.checkpoint import Checkpoint, load
 from dpresnet.config import Config, from_json
-from dpresnet.errors import DifferentBits, Refused
+from dpresnet.errors import DifferentBits, Refused, exit_code
 from dpresnet.report import plain
 
 OF_STEPS = ("epoch", "samples", "loss", "lr", "loss_scale", "skipped")  # what a line of metrics says of a step
@@ -118,23 +118,16 @@ class Comparison:
 
 def build(run: Run, saved: Checkpoint | None) -> Any:
     """The run's course in this process, with all its replicas, at its begin or at a checkpoint."""
-    from dpresnet.amp import LossScaler
     from dpresnet.comm import Solo
-    from dpresnet.config import statistics_group
     from dpresnet.course import Course
     from dpresnet.data import load as load_data
     from dpresnet.device import Device, choose_device
-    from dpresnet.setup import build_model, check_memory
-    from dpresnet.trainer import Trainer
+    from dpresnet.setup import build_trainer, check_dataset
 
     cfg = run.cfg
     dataset = load_data(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
-    if saved and saved.meta["fingerprint"] != dataset.fingerprint:
-        raise Refused(f"{saved.path}: that run used another version of the data set {cfg.dataset}")
-    model = build_model(Device(choose_device(cfg.device)), cfg, dataset)
-    check_memory(model, cfg.replicas, 1)
-    scaler = LossScaler() if cfg.precision == "fp16" else LossScaler.disabled()
-    trainer = Trainer(model, Solo(), cfg.replicas, group=statistics_group(cfg.bn, cfg.replicas), scaler=scaler)
+    check_dataset(saved, dataset, cfg.dataset)
+    trainer = build_trainer(Device(choose_device(cfg.device)), cfg, dataset, Solo())
     course = Course(cfg, dataset, trainer)
     course.begin(saved)
     return course
@@ -218,12 +211,7 @@ def other_device(run: Run, saved: Checkpoint | None, name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of what differs or was refused, with one line on stderr."""
-    try:
-        print(run_program(parser().parse_args(argv)))
-    except (DifferentBits, Refused) as error:
-        print(f"{'DIFFERENT' if isinstance(error, DifferentBits) else 'error'}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: print(run_program(parser().parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from dpresnet import events, explain
+from dpresnet import comm, events, explain
 from dpresnet.events import EVENT, HEADER_BYTES, SLOTS, Event, Rank, Ring
 
 
@@ -147,3 +147,14 @@ def test_events_of_random_rings_come_back(tmp_path):
             ring.end(note)
     ring.keep(tmp_path, 0, 1, "here")
     assert events.read(tmp_path)[0].events == events.in_order(ring.events)
+
+
+@pytest.mark.parametrize(("pause", "counted"), [(0.25, 2.5), (500.0, 10.0)])
+def test_the_time_that_a_process_is_stopped_is_nobodys_delay(monkeypatch, pause, counted):
+    """Between two looks a suspended job may lie for hours; of each such pause one second counts."""
+    clock, seen = iter(np.arange(12) * pause), []
+    monkeypatch.setattr(comm.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(comm.time, "sleep", lambda seconds: None)
+    looks = iter([False] * 10 + [True])
+    comm.wait_until(lambda: next(looks), 0.0, seen.append)
+    assert seen[-1] == counted and len(seen) == 10

@@ -12,7 +12,7 @@ from dpresnet import environment
 from dpresnet.bench import facts, layers, memory, ops, picture, step
 from dpresnet.bench.flags import add_workload, positive, workload
 from dpresnet.bench.workload import Facts, Workload
-from dpresnet.errors import GaveUp, Refused
+from dpresnet.errors import Refused, exit_code
 
 WORDS = ("channels_last", "compile", "bf16")  # of which a variant of PyTorch is made
 
@@ -106,12 +106,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of what was refused, with one line on stderr."""
-    try:
-        run(argv)
-    except (Refused, GaveUp) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

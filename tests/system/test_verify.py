@@ -8,6 +8,7 @@ import pytest
 
 from dpresnet import checkpoint
 from tests.launching import python
+from tests.system.test_elastic import CASES, make_dataset
 from tests.system.test_train import succeed, train
 
 BASE = ("--replicas", "4", "--batch", "16", "--accumulate", "2", "--bn", "group:2", "--epochs", "2", "--warmup-epochs", "1",
@@ -97,6 +98,18 @@ def test_difference_in_the_result_is_found(recorded, tmp_path):
     found = verify(tmp_path, "--from", "12")
     assert found.returncode == 70
     assert "DIFFERENT: step 16: params_sha256 was" in found.stderr and "the run was on Acme One" in found.stderr
+
+
+def test_another_version_of_the_data_set_is_refused(tmp_path):
+    """By its name it is the same; going on with it, or comparing, would mislead."""
+    data, out = make_dataset(CASES[0], tmp_path), tmp_path / "run"
+    base = ("--dataset", str(data), "--replicas", "2", "--batch", "4", "--epochs", "1", "--steps", "3",
+            "--save-every-steps", "2")  # fmt: skip
+    succeed(0, out, base=base)
+    make_dataset(CASES[1], tmp_path)
+    for done in (verify(out, "--from", "2"), train(0, out, "--resume", "auto", base=base)):
+        assert done.returncode == 78, done.stderr
+        assert f"that run used another version of the data set {data}" in done.stderr
 
 
 def test_a_torn_last_line_of_the_metrics_is_no_difference(recorded, tmp_path):
