@@ -116,6 +116,12 @@ def test_a_farewell_is_no_exchange_that_others_miss():
     assert "rank 1 on node1 never came to bn2" in text and "skipped" not in text and "farewell" not in text.splitlines()[-1]
 
 
+def test_a_farewell_alone_is_nothing_to_wait_for():
+    farewell = Event("farewell", 1, 109.0, 0.0, 32, 7, "")
+    left = Rank(1, 3, "node1", [*rank_of(1, *DONE).events, farewell])
+    assert "no rank was waiting for another" in said(rank_of(0, *DONE), left, rank_of(2, *DONE))
+
+
 def test_two_ranks_that_disagree_are_both_named():
     text = said(rank_of(0, ("bn2", True), size=2), rank_of(1, ("bn1", True), size=2))
     assert "rank 0 on node0 was at bn2" in text and "rank 1 on node1 was at bn1" in text and "no majority tells which" in text
