@@ -358,7 +358,7 @@ def weight_floats(conv: Conv, geometry: Geometry) -> list[int]:
     pixels = geometry.group_lines * geometry.grid_width
     sums = padded * geometry.group_tiles * geometry.tile_channels
     copies = [] if conv.direct(False) else [patch_floats(conv, geometry), pixels * geometry.tile_channels]
-    return [*copies, sums, 2 * 3 * pixels, padded]
+    return [*copies, sums, 2 * 4 * pixels, padded]
 
 
 def least_local_bytes(conv: Conv) -> int:

@@ -29,7 +29,7 @@
 // Packed weights: [output tile][input block][tap][TERMS][TILE_O].
 
 #if VEC > 1
-// sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute, `plane` floats apart; ws are
+// sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute, `plane` floats pitch; ws are
 // their weights. With `row` (a constant) the pixels are neighbours in the patch: one address register instead of TILE_P.
 // Meanwhile it fetches the same blocks of the cells at `ahead`, if that is not 0.
 INLINE void conv_multiply(vec sum[TILE_V][TILE_P], SOURCE *patch, const int plane, __local const int *table,
@@ -131,29 +131,36 @@ __kernel SINGLE void conv_gather(
 
 // The term is part of an entry's address, unless a term is a permutation of lanes: then TILE_E is a multiple of GROUP.
 #define ENTRY_TERMS (GROUP && GROUP % VEC ? GROUP : 1)
+// Entries of a register tile are neighbours where it takes them from one tap: one address register instead of TILE_E.
+#define NEIGHBOURS (ENTRY_TERMS == 1 && TERMS % TILE_E == 0)
 
 // Adds the products of TILE_E entries of the patch with an output tile of dy, over the pixels, to TILE_E rows of sums.
 // With DIRECT, `patch` is the first of the input blocks in x and `grad` the first block of the tile in dy; `plane` floats after
-// that lies the second. Meanwhile a block of x or dy of the lines that come next is fetched, at the places (AT_X or AT_Y)
-// in the table `next`: spread over the multiplications, as memory would be too slow for all of it at once.
+// that lies the second. Pixels of a run have a `pitch` in the patch. Meanwhile a block of x or dy of the lines that come next is
+// fetched, at the places (AT_X or AT_Y) in the table `next`: spread over the multiplications, as memory would be too slow for
+// all of it at once.
 INLINE void conv_accumulate(__local float *sums, SOURCE *patch, __local const int *entry, SOURCE *grad, const int plane,
-                            __local const int *table, const int pixels, __global const act *ahead, __local const int *next)
+                            __local const int *table, const int pixels, const int pitch, __global const act *ahead,
+                            __local const int *next)
 {
     SOURCE *xs[TILE_E];
     vec sum[TILE_E][TILE_V];
-    UNROLL for (int j = 0; j < TILE_E; j++) xs[j] = patch + entry[j];
+    UNROLL for (int j = 0; j < TILE_E; j++) xs[j] = NEIGHBOURS ? patch + entry[0] + j : patch + entry[j];
     UNROLL for (int j = 0; j < TILE_E; j++)
         UNROLL for (int v = 0; v < TILE_V; v++) sum[j][v] = LOADL(sums + j * TILE_O + v * VEC);
-    for (int p = 0; p < pixels; p++) {
-        const int offset = table[3 * p + (DIRECT ? AT_X : AT_PATCH)];
-        SOURCE *grads = grad + (DIRECT ? table[3 * p + AT_Y] : p * TILE_O);
-        PREFETCH_LATER(ahead + next[3 * p]);
-        vec dys[TILE_V];
-        UNROLL for (int v = 0; v < TILE_V; v++)
-            dys[v] = *(SOURCE_VEC *)(grads + (DIRECT ? v * VEC / BLOCK * plane + v * VEC % BLOCK : v * VEC));
-        UNROLL for (int j = 0; j < TILE_E; j++)
+    for (int p = 0; p < pixels;) {
+        const int end = p + table[4 * p + RUN];
+        long offset = table[4 * p + AT_PATCH];
+        SOURCE *grads = grad + (DIRECT ? table[4 * p + AT_Y] : p * TILE_O);
+        for (; p < end; p++, offset += pitch, grads += DIRECT ? BLOCK : TILE_O) {
+            PREFETCH_LATER(ahead + next[4 * p]);
+            vec dys[TILE_V];
             UNROLL for (int v = 0; v < TILE_V; v++)
-                sum[j][v] += SOURCE_VALUE(xs[j] + offset, j % ENTRY_TERMS, v) * dys[v];
+                dys[v] = *(SOURCE_VEC *)(grads + (DIRECT ? v * VEC / BLOCK * plane + v * VEC % BLOCK : v * VEC));
+            UNROLL for (int j = 0; j < TILE_E; j++)
+                UNROLL for (int v = 0; v < TILE_V; v++)
+                    sum[j][v] += SOURCE_VALUE(xs[j] + offset, j % ENTRY_TERMS, v) * dys[v];
+        }
     }
     UNROLL for (int j = 0; j < TILE_E; j++)
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[j][v], sums + j * TILE_O + v * VEC);
@@ -181,7 +188,7 @@ __kernel SINGLE void conv_weight(
     __local float *restrict grad,   // [pixel][TILE_O] of dy, of one output tile
 #endif
     __local float *restrict sums,   // [output tile][entry][TILE_O]
-    __local int *restrict table,    // [these lines, the next][pixels][3], see conv_list
+    __local int *restrict table,    // [these lines, the next][pixels][4], see conv_list
     __local int *restrict entry)    // [entries = input block, tap, c] offset in the patch
 {
     const Geometry g = *geometry;
@@ -201,12 +208,17 @@ __kernel SINGLE void conv_weight(
     for (int i = 0; i < tiles * padded * TILE_O; i += VEC) STOREL((vec)(0), sums + i);
 
     const int start = conv_segment(g, segment), end = conv_segment(g, segment + 1);
-    int listed = conv_list(table, 3, start, min(g.group_lines, end - start), 0, 0, g);
+    const int pitch = DIRECT ? BLOCK : g.in_step / g.col_step * CU;
+    int listed = conv_list(table, 4, start, min(g.group_lines, end - start), 0, 0, g);
+    conv_runs(table, listed, pitch);
     for (int line = start, turn = 0; line < end; line += g.group_lines, turn ^= 1) {
         const int lines = min(g.group_lines, end - line), after = min(g.group_lines, end - line - lines), pixels = listed;
-        __local int *now = table + turn * 3 * g.group_lines * g.grid_width;
-        __local int *next = after ? table + (turn ^ 1) * 3 * g.group_lines * g.grid_width : now;
-        if (after) listed = conv_list(next, 3, line + lines, after, 0, 0, g);
+        __local int *now = table + turn * 4 * g.group_lines * g.grid_width;
+        __local int *next = after ? table + (turn ^ 1) * 4 * g.group_lines * g.grid_width : now;
+        if (after) {
+            listed = conv_list(next, 4, line + lines, after, 0, 0, g);
+            conv_runs(next, listed, pitch);
+        }
 #if DIRECT
         SOURCE *patch = x + (long)block * in_plane;
 #else
@@ -221,7 +233,7 @@ __kernel SINGLE void conv_weight(
 #endif
             for (int e = 0; e < padded; e += TILE_E, piece++)
                 conv_accumulate(sums + (tile * padded + e) * TILE_O, patch, entry + e, grad,
-                                out + 1 < g.out_blocks ? out_plane : 0, now, pixels,
+                                out + 1 < g.out_blocks ? out_plane : 0, now, pixels, pitch,
                                 conv_ahead(x, dy, piece, block, blocks, first_tile, tiles, g),
                                 next + (piece < blocks ? AT_X : AT_Y));
         }

@@ -157,11 +157,12 @@ void conv_load_grad(__global const act *restrict dy, __local float *restrict gra
 }
 
 // Lists the cells of `lines` lines whose pixel at (out_row, out_col) is inside the image, `step` integers for each: the offset
-// of the cell in the patch (with DIRECT, in x), that of the pixel in y and, with step 3, that of the cell in x. Returns their
-// number.
+// of the cell in the patch (with DIRECT, in x), that of the pixel in y and, with step 4, that of the cell in x and the number of
+// cells from here on that a loop can take with constant steps: see conv_runs. Returns the number of cells.
 #define AT_PATCH 0
 #define AT_Y 1
 #define AT_X 2
+#define RUN 3
 int conv_list(__local int *restrict table, const int step, const int line, const int lines, const int out_row,
               const int out_col, const Geometry g)
 {
@@ -181,6 +182,18 @@ int conv_list(__local int *restrict table, const int step, const int line, const
         row += a + 1 < g.grid_height ? row_skip : g.patch_span;
     }
     return listed;
+}
+
+// Fills in RUN: cells follow each other in a run where they have a `pitch` in the patch and, with DIRECT, neighbours in y. (The copy
+// of y is dense.)
+void conv_runs(__local int *restrict table, const int cells, const int pitch)
+{
+    for (int c = cells - 1; c >= 0; c--) {
+        __local int *entry = table + 4 * c, *next = entry + 4;
+        const int joined = c + 1 < cells && next[AT_PATCH] - entry[AT_PATCH] == pitch
+                        && (!DIRECT || next[AT_Y] - entry[AT_Y] == BLOCK);
+        entry[RUN] = joined ? next[RUN] + 1 : 1;
+    }
 }
 
 #if GROUP == 0 && TERMS == BLOCK
