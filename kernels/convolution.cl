@@ -198,18 +198,18 @@ void conv_runs(__local int *restrict table, const int cells, const int pitch)
 
 #if GROUP == 0 && TERMS == BLOCK
 // What conv_write_gradient does where tile and block are wholly connected, with `step` floats from one output channel to the
-// next: four output channels by four neighbouring (channel, tap) at a time.
+// next: VEC output channels by VEC neighbouring (channel, tap) at a time. The optimizer reads it much later.
 void conv_write_whole(__local const float *restrict sums, __global float *restrict out, const int taps, const long step)
 {
-    for (int o = 0; o < TILE_O; o += 4, out += 4 * step)
-        for (int k = 0, i = 0, t = 0; k < BLOCK * taps; k += 4) {
-            float4 v[4];
-            UNROLL for (int r = 0; r < 4; r++) {
-                v[r] = *(__local const float4 *)(sums + (t * TERMS + i) * TILE_O + o);
-                if (++t == taps) t = 0, i++;
+    for (int v = 0; v < TILE_V; v++, out += VEC * step)
+        for (int k = 0, c = 0, t = 0; k < BLOCK * taps; k += VEC) {
+            vec rows[VEC];
+            UNROLL for (int r = 0; r < VEC; r++) {
+                rows[r] = LOADL(sums + (t * TERMS + c) * TILE_O + v * VEC);
+                if (++t == taps) t = 0, c++;
             }
-            UNROLL for (int l = 0; l < 4; l++)
-                UNROLL for (int r = 0; r < 4; r++) out[l * step + k + r] = ((const float *)(v + r))[l];
+            transpose_rows(rows);
+            UNROLL for (int o = 0; o < VEC; o++) STREAMF(rows[o], out + o * step + k);
         }
 }
 #endif
@@ -221,7 +221,7 @@ void conv_write_gradient(__local const float *restrict sums, __global float *res
 {
     const int o0 = tile * TILE_O, outs = min(TILE_O, g.out_channels - o0);
 #if GROUP == 0 && TERMS == BLOCK
-    if (g.in_group == g.in_channels && outs == TILE_O && (block + 1) * BLOCK <= g.in_channels) {
+    if (g.in_group == g.in_channels && g.in_group % BLOCK == 0 && outs == TILE_O) {
         conv_write_whole(sums, dw + ((long)o0 * g.in_group + block * BLOCK) * g.taps, g.taps, (long)g.in_group * g.taps);
         return;
     }

@@ -22,6 +22,19 @@
 #if VEC > 1
 typedef vec vec_anywhere __attribute__((aligned(4)));  // need not lie at a multiple of its size
 
+// v[k][lane] = v[lane][k]. Each round moves the highest bit of the index (row, lane) to its end.
+INLINE void transpose_rows(vec v[VEC])
+{
+    UNROLL for (int bit = 1; bit < VEC; bit *= 2) {
+        vec w[VEC];
+        UNROLL for (int r = 0; r < VEC; r++) w[r] = v[r];
+        UNROLL for (int r = 0; r < VEC / 2; r++) {
+            v[2 * r].even = w[r].lo, v[2 * r].odd = w[r + VEC / 2].lo;
+            v[2 * r + 1].even = w[r].hi, v[2 * r + 1].odd = w[r + VEC / 2].hi;
+        }
+    }
+}
+
 // v[k][lane] = source[lane * step + k]: vectors from rows. Asks for what lies `ahead` floats further on and is read soon: the
 // hardware does not follow so many rows.
 INLINE void transpose(vec v[VEC], __global const float *source, const long step, const long ahead)
@@ -30,13 +43,6 @@ INLINE void transpose(vec v[VEC], __global const float *source, const long step,
         v[r] = *(__global const vec_anywhere *)(source + r * step);
         PREFETCH(source + r * step + ahead);
     }
-    UNROLL for (int bit = 1; bit < VEC; bit *= 2) {  // each round moves the highest bit of the index (row, lane) to its end
-        vec w[VEC];
-        UNROLL for (int r = 0; r < VEC; r++) w[r] = v[r];
-        UNROLL for (int r = 0; r < VEC / 2; r++) {
-            v[2 * r].even = w[r].lo, v[2 * r].odd = w[r + VEC / 2].lo;
-            v[2 * r + 1].even = w[r].hi, v[2 * r + 1].odd = w[r + VEC / 2].hi;
-        }
-    }
+    transpose_rows(v);
 }
 #endif

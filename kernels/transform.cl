@@ -132,9 +132,8 @@ void winograd_transform_grad(__global const act *restrict dy, __local float *res
     }
 }
 
-// Writes G^T m G, m[point * plane], to out[channel * step + tap] for `channels` neighbouring output channels.
-void winograd_transform_weight_grad(__local const float *restrict m, const int plane, __global float *restrict out,
-                                    const long step, const int channels)
+// taps = G^T m G, m[point * plane].
+void winograd_transform_weight_grad(__local const float *restrict m, const int plane, vec taps[9])
 {
 #define TRANSFORM_BACK(m0, m1, m2, m3, m4, m5, out)                       \
     {                                                                     \
@@ -144,7 +143,7 @@ void winograd_transform_weight_grad(__local const float *restrict m, const int p
         out(1, dif_p + dif_q);                                            \
         out(2, m5 + (P2 * sum_p + Q2 * sum_q));                           \
     }
-    vec t[3][EDGE], taps[3][3];
+    vec t[3][EDGE];
     UNROLL for (int c = 0; c < EDGE; c++) {
         vec v[EDGE];
         UNROLL for (int r = 0; r < EDGE; r++) v[r] = LOADL(m + (r * EDGE + c) * plane);
@@ -153,12 +152,10 @@ void winograd_transform_weight_grad(__local const float *restrict m, const int p
 #undef DOWN
     }
     UNROLL for (int r = 0; r < 3; r++) {
-#define ACROSS(c, value) taps[r][c] = value
+#define ACROSS(c, value) taps[3 * r + c] = value
         TRANSFORM_BACK(t[r][0], t[r][1], t[r][2], t[r][3], t[r][4], t[r][5], ACROSS)
 #undef ACROSS
     }
-    for (int l = 0; l < channels; l++)
-        UNROLL for (int k = 0; k < 9; k++) out[l * step + k] = ((const float *)taps)[k * VEC + l];
 }
 
 // U = G w G^T of one vector of output channels, w[tap * step] and out[point * row].

@@ -159,6 +159,19 @@ void winograd_accumulate(__local const float *restrict x, __local const float *r
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[e][v], sums + e * TILE_O + v * VEC);
 }
 
+// out[output channel * step + input channel * 9 + tap] = rows[input channel * 9 + tap][output channel], of so many of either.
+void winograd_write_gradient(vec rows[BLOCK * 9], __global float *restrict out, const long step, const int ins, const int outs)
+{
+    if (ins == BLOCK && outs == VEC && step % BLOCK == 0)
+        for (int k = 0; k < 9 * BLOCK; k += VEC) {
+            transpose_rows(rows + k);
+            UNROLL for (int o = 0; o < VEC; o++) STREAMF(rows[k + o], out + o * step + k);
+        }
+    else
+        for (int o = 0; o < outs; o++)
+            for (int k = 0; k < 9 * ins; k++) out[o * step + k] = ((const float *)rows)[k * VEC + o];
+}
+
 // Work-group = (segment of the images, part of the input channels, part of the output channels).
 // dw [segment][out_channels][in_channels][9], `segment_size` floats apart.
 __kernel SINGLE void winograd_weight(
@@ -206,11 +219,15 @@ __kernel SINGLE void winograd_weight(
         }
     }
     for (int o = 0; o < outs; o += VEC)
-        for (int i = 0; i < min(ins, g.in_channels - i0); i++)
-            winograd_transform_weight_grad(
-                sums + o / TILE_O * TILE_O * padded + i * TILE_O + o % TILE_O, sum_plane,
-                dw + (long)segment * g.segment_size + ((long)(o0 + o) * g.in_channels + i0 + i) * 9, (long)g.in_channels * 9,
-                min(VEC, g.out_channels - o0 - o));
+        for (int i = 0; i < ins; i += BLOCK) {
+            vec rows[BLOCK * 9];
+            for (int c = 0; c < BLOCK; c++)
+                winograd_transform_weight_grad(
+                    sums + o / TILE_O * TILE_O * padded + (i + c) * TILE_O + o % TILE_O, sum_plane, rows + c * 9);
+            winograd_write_gradient(
+                rows, dw + (long)segment * g.segment_size + ((long)(o0 + o) * g.in_channels + i0 + i) * 9,
+                (long)g.in_channels * 9, min(BLOCK, g.in_channels - i0 - i), min(VEC, g.out_channels - o0 - o));
+        }
 }
 
 // dw = the segments added in a halving tree, as ((0 + 2) + (1 + 3)) for four.
