@@ -159,13 +159,19 @@ void winograd_accumulate(__local const float *restrict x, __local const float *r
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[e][v], sums + e * TILE_O + v * VEC);
 }
 
-// out[output channel * step + input channel * 9 + tap] = rows[input channel * 9 + tap][output channel], of so many of either.
-void winograd_write_gradient(vec rows[BLOCK * 9], __global float *restrict out, const long step, const int ins, const int outs)
+// out[output channel * step + input channel * 9 + tap] = rows[input channel * 9 + tap][output channel], of so many of either. A
+// segment is added to others at once, the gradient itself is read by the optimizer, much later.
+void winograd_write_gradient(vec rows[BLOCK * 9], __global float *restrict out, const long step, const int ins, const int outs,
+                             const int segments)
 {
     if (ins == BLOCK && outs == VEC && step % BLOCK == 0)
         for (int k = 0; k < 9 * BLOCK; k += VEC) {
             transpose_rows(rows + k);
-            UNROLL for (int o = 0; o < VEC; o++) STREAMF(rows[k + o], out + o * step + k);
+            UNROLL for (int o = 0; o < VEC; o++)
+                if (segments == 1)
+                    STREAMF(rows[k + o], out + o * step + k);
+                else
+                    STOREF(rows[k + o], out + o * step + k);
         }
     else
         for (int o = 0; o < outs; o++)
@@ -208,7 +214,7 @@ __kernel SINGLE void winograd_weight(
                     grads + o / TILE_O * TILE_O * g.group_tiles + t * TILE_O + o % TILE_O, grad_plane, g.out_width,
                     g.out_height - top, g.out_width - left);
         }
-        const int ahead = first + tiles, until = min(ahead + tiles, last);
+        const int ahead = first + tiles, until = min(ahead + g.group_tiles, g.images * image_tiles);  // also of the next segment
         for (int point = 0; point < POINTS; point++) {
             winograd_fetch(x, g.in_blocks, g.in_height, g.in_width, ahead, until, i0 / BLOCK, ins / BLOCK, point, g);
             winograd_fetch(dy, g.out_blocks, g.out_height, g.out_width, ahead, until, o0 / BLOCK, outs / BLOCK, point, g);
@@ -226,7 +232,7 @@ __kernel SINGLE void winograd_weight(
                     sums + o / TILE_O * TILE_O * padded + (i + c) * TILE_O + o % TILE_O, sum_plane, rows + c * 9);
             winograd_write_gradient(
                 rows, dw + (long)segment * g.segment_size + ((long)(o0 + o) * g.in_channels + i0 + i) * 9,
-                (long)g.in_channels * 9, min(BLOCK, g.in_channels - i0 - i), min(VEC, g.out_channels - o0 - o));
+                (long)g.in_channels * 9, min(BLOCK, g.in_channels - i0 - i), min(VEC, g.out_channels - o0 - o), g.segments);
         }
 }
 

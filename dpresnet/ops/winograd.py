@@ -169,7 +169,9 @@ def weight_groups(conv: Conv) -> Geometry:
     """Chooses the tiles and the panel of channels that one work-group of winograd_weight handles at once."""
     edge, lanes, sizes = conv.tile_rows("winograd_weight"), conv.tile_channels(False), conv.sizes("winograd_weight")
     chunk = min(max(1, sizes.panel // BLOCK), blocks_of(conv.in_channels))
-    g = geometry_of(conv, False, sizes.tiles, chunk, min(max(1, sizes.panel // lanes), conv.tiles(False)) * lanes)
+    g = geometry_of(conv, False, 1, chunk, min(max(1, sizes.panel // lanes), conv.tiles(False)) * lanes)
+    most = -(-g.images // g.segments) * g.tile_rows * g.tile_cols
+    g = replace(g, group_tiles=-(-most // max(1, round(most / sizes.tiles))))  # no small rest
     while 4 * sum(weight_floats(g, edge)) > conv.local_bytes - RESERVE and g != smaller(g, 4, lanes):
         g = smaller(g, 4, lanes)
     return g
