@@ -7,14 +7,16 @@ from dpresnet.plan import Plan, Tensor
 
 def max_forward(plan: Plan, name: str, x: Tensor, y: Tensor, index: Tensor, kernel: int, stride: int, padding: int) -> None:
     """y = maxima of the windows; index (u8) = position of the first maximum within its window, row by row."""
-    sizes = [np.int32(v) for v in (x.height, x.width, y.width, kernel, stride, padding)]
-    plan.launch(name, "pool_max_forward", (y.height, y.images * y.blocks), [x, y, index, *sizes], [y, index])
+    sizes = [np.int32(v) for v in (x.height, x.width, y.width, stride, padding)]
+    plan.launch(name, "pool_max_forward", (y.height, y.images * y.blocks), [x, y, index, *sizes], [y, index],
+                WINDOW=kernel)  # fmt: skip
 
 
 def max_backward(plan: Plan, name: str, dy: Tensor, index: Tensor, dx: Tensor, kernel: int, stride: int, padding: int) -> None:
     """dx collects dy from the windows whose maximum a pixel is."""
-    sizes = [np.int32(v) for v in (dx.width, dy.height, dy.width, kernel, stride, padding)]
-    plan.launch(name, "pool_max_backward", (dx.height, dx.images * dx.blocks), [dy, index, dx, *sizes], [dx])
+    sizes = [np.int32(v) for v in (dx.width, dy.height, dy.width, stride, padding)]
+    plan.launch(name, "pool_max_backward", (dx.height, dx.images * dx.blocks), [dy, index, dx, *sizes], [dx],
+                WINDOW=kernel)  # fmt: skip
 
 
 def average_forward(plan: Plan, name: str, x: Tensor, y: Tensor) -> None:
