@@ -75,6 +75,7 @@ class Pending:
 
 
 Value = Tensor | Pending
+Record = Callable[[Tensor, Tensor | None], None]  # records a gradient into a tensor, see `Recorder.give_later`
 
 
 class Recorder:
@@ -94,7 +95,7 @@ class Recorder:
         self.control = Tensor("control", (1,), CONTROL, "io")
         self.tape: list[Callable[[], None]] = []
         self.postponed: list[Callable[[], None]] = []  # see `meanwhile`
-        self.gradients: dict[Tensor, list[Tensor]] = {}  # the terms of each, see `terms`
+        self.gradients: dict[Tensor, list[Tensor | Record]] = {}  # the terms of each, see `terms`
         self.shared: set[Tensor] = set()  # terms of several gradients
         self._names: dict[str, int] = {}
 
@@ -117,13 +118,38 @@ class Recorder:
         record(fresh)
         self.add_term(x, fresh)
 
+    def give_later(self, x: Tensor, record: Record) -> None:
+        """One more term of the gradient of ``x``, by a launch that can do more, and so is recorded when the gradient is needed:
+        ``record(dx, None)`` computes dx; ``record(dx, x)`` adds to the term in dx, where x is positive (see `joined`).
+        """
+        self.gradients[x] = [*(self.recorded(x, term) for term in self.gradients.get(x, [])), record]
+
+    def recorded(self, x: Tensor, term: Tensor | Record) -> Tensor:
+        """A term of the gradient of ``x`` as a tensor."""
+        if isinstance(term, Tensor):
+            return term
+        fresh = self.like(x, f"{x.name}.grad")
+        term(fresh, None)
+        return fresh
+
     def add_term(self, x: Tensor, gradient: Tensor) -> None:
         """One more term of the gradient of ``x``."""
         self.gradients.setdefault(x, []).append(gradient)
 
+    def joined(self, z: Tensor) -> Tensor | None:
+        """The gradient of what was rectified to ``z``, if there are two terms and the launch of the last one can add the other:
+        it need not be read again. Otherwise None.
+        """
+        match self.gradients[z]:
+            case [Tensor() as first, last] if not isinstance(last, Tensor) and first not in self.shared:
+                del self.gradients[z]
+                last(first, z)
+                return first
+        return None
+
     def terms(self, x: Tensor, most: int) -> list[Tensor]:
         """The gradient of ``x`` as a sum of at most ``most`` tensors; what is too many is added up here."""
-        terms = self.gradients.pop(x)
+        terms = [self.recorded(x, term) for term in self.gradients.pop(x)]
         while len(terms) > most:
             total = self.like(x, f"{x.name}.grad.sum")
             residual.add(self.plan, total.name, terms[0], terms[1], total)
@@ -193,7 +219,7 @@ class Recorder:
             self.postponed.append(lambda: ops.backward_weight(self.plan, weight.grad.name, shape, x, dy, weight.grad))
             if x.home == "work":  # images from the host need no gradient
                 turned = packed(True)
-                self.give(x, lambda dx: ops.backward_data(self.plan, f"{name}.dx", shape, dy, turned, dx))
+                self.give_later(x, lambda dx, z: ops.backward_data(self.plan, f"{name}.dx", shape, dy, turned, dx, z))
 
         self.tape.append(backward)
         return y
@@ -269,18 +295,21 @@ class Recorder:
 
     def normalised_backward(self, z: Tensor, norms: list[Norm], plain: list[Tensor], relu: bool) -> None:
         """Gradients of everything that `normalised` put together."""
-        terms, affines, joined = self.terms(z, 2), [norm.affine for norm in norms], len(norms) + len(plain) == 2
-        g = self.instead_of(terms[-1]) if joined else None
+        affines, added = [norm.affine for norm in norms], len(norms) + len(plain) == 2
+        given = self.joined(z) if relu else None
+        terms, relu = ([given], False) if given else (self.terms(z, 2), relu)
+        g = given or (self.instead_of(terms[-1]) if added else None)
         sums, means = ([norm.statistic(part) for norm in norms] for part in ("sums", "means"))
         partials = [Tensor(f"{total.name}.partial", (z.images, *total.shape), FLOAT) for total in sums]
-        batchnorm.backward_reduce(self.plan, f"{z.name}.dx.reduce", terms, affines, relu, partials, z if joined else None, g)
+        batchnorm.backward_reduce(self.plan, f"{z.name}.dx.reduce", terms, affines, relu, partials,
+                                  z if added and not given else None, g if added else None)  # fmt: skip
         for norm, partial, total, mean in zip(norms, partials, sums, means, strict=True):
             batchnorm.add_images(self.plan, f"{norm.name}.dx.sum", partial, total, norm.bias.grad, norm.weight.grad, mean,
                                  self.control, z.height * z.width)  # fmt: skip
         self.meanwhile()
         for norm, total, mean in zip(norms, sums, means, strict=True):
             self.plan.entries.append(Exchange(norm.name, "sums", total, mean, z.height * z.width))
-        terms, relu = ([g], False) if joined else (terms, relu)
+        terms, relu = ([g], False) if added else (terms, relu)
         dxs = [self.like(norm.x, f"{norm.x.name}.grad") for norm in norms]
         if not plain:  # otherwise g is still read
             dxs[0] = self.instead_of(terms[-1])

@@ -15,6 +15,7 @@
 // RESIDUAL  0: there is no r. 1: r is added as it is. 2: r is the other branch, normalised with moments of its own (r_...).
 //           backward_reduce then stores g, the masked sum of the terms of dz: it is the gradient of what is added, so dr where
 //           r is a plain tensor, and backward reads it instead of dz.
+// GIVEN     1: dz is that g already, a convolution has joined the terms (JOIN in conv.cl). 0: it is not.
 // DOUBLES   1: merge and sum also write what the host makes of their results for a replica that agrees with nobody else, in double
 //           precision and with the same bits (`Trainer` in dpresnet/trainer.py): that one need not wait for the host. Where
 //           replicas do agree, the host overwrites it. 0: they do not.
@@ -33,6 +34,9 @@
 #endif
 #ifndef TERMS
 #define TERMS 1
+#endif
+#ifndef GIVEN
+#define GIVEN 0
 #endif
 
 // A work-item handles WIDE neighbouring vectors of each pixel: all of a block on CPUs (a cache line is read once), one lane on
@@ -53,17 +57,6 @@
 // Sums over pixels go by runs of 32 that are then added: the rounding of a long sum grows with its longest chain.
 #define RUNS(start) for (int start = 0; start < pixels; start += 32)
 #define RUN(p, start) for (int p = start; p < LEAST(start + 32, pixels); p++)
-
-// Signs are read from the bits: as integers, negative numbers are those up to the bits of minus infinity, NaN excluded, so
-// that a bad value is not hidden from the overflow check. (Comparing a converted fp16 value with a constant, LLVM compares as
-// fp16 instead, element by element.)
-#if VEC == 1
-#define BITS(v) as_int(v)
-#else
-#define BITS(v) PASTE(as_int, VEC)(v)
-#endif
-#define RECTIFIED(v) (BITS(v) <= as_int(-INFINITY) ? (vec)(0) : (v))
-#define MASKED(d, v) (BITS(v) > 0 ? (d) : (vec)(0))  // the gradient passes where the output is positive
 
 // One expression for forward and for the mask in backward: the same roundings, so the same sign.
 #define NORMALISED(centred, scale, shift) ((centred) * (scale) + (shift))
@@ -192,7 +185,7 @@ __kernel void batchnorm_backward_reduce(__global const act *dz,
 #elif RELU
                                         __global const act *restrict z,
 #endif
-#if RESIDUAL
+#if RESIDUAL && !GIVEN
                                         __global act *g,
 #endif
 #if RESIDUAL == 2
@@ -235,7 +228,7 @@ __kernel void batchnorm_backward_reduce(__global const act *dz,
 #elif RELU
             d = MASKED(d, LOAD(z + i));
 #endif
-#if RESIDUAL
+#if RESIDUAL && !GIVEN
             STORE(d, g + i);
 #endif
             sum_part[k] += d;

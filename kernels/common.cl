@@ -120,6 +120,17 @@ typedef float act;
 #define STORE(v, p) STOREF(v, p)
 #endif
 
+// ReLU. Signs are read from the bits: as integers, negative numbers are those up to the bits of minus infinity, NaN excluded, so
+// that a bad value is not hidden from the overflow check. (Comparing a converted fp16 value with a constant, LLVM compares as
+// fp16 instead, element by element.)
+#if VEC == 1
+#define BITS(v) as_int(v)
+#else
+#define BITS(v) PASTE(as_int, VEC)(v)
+#endif
+#define RECTIFIED(v) (BITS(v) <= as_int(-INFINITY) ? (vec)(0) : (v))
+#define MASKED(d, v) (BITS(v) > 0 ? (d) : (vec)(0))  // the gradient passes where the output is positive
+
 // The elements of one work-item of an elementwise kernel.
 #define FLAT(i) \
     for (int i = get_global_id(0) * ITEMS * VEC; i < min(elements, ((int)get_global_id(0) + 1) * ITEMS * VEC); i += VEC)

@@ -24,6 +24,8 @@
 // TERMS   channels of an input block that an output lane sums over: GROUP, or CU, or 2 or 3 of the 4 of CU
 // DIRECT  1: conv_gather reads x, conv_weight x and dy where they lie, because their copies in local memory would be the same:
 //         fp32 and 1x1 weights, without padding and with stride 1 (in the gradient of the input any)
+// JOIN    1: conv_gather finds another term of the gradient of z in y, z = relu(...), and leaves there what goes on from their sum:
+//         y = y + what it computes where z is positive, 0 elsewhere. 0: y is only written
 // AHEAD   register tiles between what conv_gather multiplies and what it fetches with DIRECT; otherwise that is the next patch
 //
 // Packed weights: [output tile][input block][tap][TERMS][TILE_O].
@@ -57,6 +59,9 @@ INLINE void conv_multiply(vec sum[TILE_V][TILE_P], SOURCE *patch, const int plan
 // Work-group = (lines, output tiles).
 __kernel SINGLE void conv_gather(
     __global const act *restrict x, __global const float *restrict w, __global act *restrict y,
+#if JOIN
+    __global const act *restrict z,
+#endif
     __global const int *restrict phases,  // [phases][4]: out_row, out_col, first tap, number of taps
     __global const int *restrict taps,    // [taps][2]: offset in the patch, index in the packed weights
     __constant Geometry *restrict geometry,
@@ -106,6 +111,16 @@ __kernel SINGLE void conv_gather(
                                           base + first_block + (last ? 0 : block + blocks), g);
 #endif
                     __local float *kept = sums + ((tile - first_tile) * entries + e) * TILE_O;
+                    const long plane_y = (long)g.out_height * g.out_width * BLOCK;
+#if JOIN
+                    if (last)
+                        UNROLL for (int p = 0; p < TILE_P; p++)
+                            UNROLL for (int v = 0; v < TILE_V; v++) {
+                                const long at = (tile * TILE_O + v * VEC) / BLOCK * plane_y + entry[2 * (e + p) + 1];
+                                PREFETCH(y + at);
+                                PREFETCH(z + at);
+                            }
+#endif
                     vec sum[TILE_V][TILE_P];
                     UNROLL for (int v = 0; v < TILE_V; v++)
                         UNROLL for (int p = 0; p < TILE_P; p++)
@@ -122,7 +137,7 @@ __kernel SINGLE void conv_gather(
                             if (!last)
                                 STOREL(sum[v][p], kept + p * TILE_O + v * VEC);
                             else if (at >= 0 && o < g.out_blocks * BLOCK)
-                                STORE(sum[v][p], y + (long)(o / BLOCK) * g.out_height * g.out_width * BLOCK + o % BLOCK + at);
+                                STORE(JOINED(sum[v][p], o / BLOCK * plane_y + o % BLOCK + at), y + o / BLOCK * plane_y + o % BLOCK + at);
                         }
                 }
         }
@@ -130,18 +145,22 @@ __kernel SINGLE void conv_gather(
 }
 
 // The term is part of an entry's address, unless a term is a permutation of lanes: then TILE_E is a multiple of GROUP.
-#define ENTRY_TERMS (GROUP && GROUP % VEC ? GROUP : 1)
+#if GROUP % VEC
+#define ENTRY_TERMS GROUP
+#else
+#define ENTRY_TERMS 1
+#endif
 // Entries of a register tile are neighbours where it takes them from one tap: one address register instead of TILE_E.
 #define NEIGHBOURS (ENTRY_TERMS == 1 && TERMS % TILE_E == 0)
 
 // Adds the products of TILE_E entries of the patch with an output tile of dy, over the pixels, to TILE_E rows of sums.
 // With DIRECT, `patch` is the first of the input blocks in x and `grad` the first block of the tile in dy; `plane` floats after
-// that lies the second. Pixels of a run have a `pitch` in the patch. Meanwhile a block of x or dy of the lines that come next is
-// fetched, at the places (AT_X or AT_Y) in the table `next`: spread over the multiplications, as memory would be too slow for
-// all of it at once.
+// that lies the second. Pixels of a run have a `pitch` in the patch. Meanwhile one of 2^spread parts of a block of x or dy of the
+// lines that come next is fetched, at the places (AT_X or AT_Y) in the table `next`: spread over the multiplications, as memory
+// would be too slow for all of it at once.
 INLINE void conv_accumulate(__local float *sums, SOURCE *patch, __local const int *entry, SOURCE *grad, const int plane,
                             __local const int *table, const int pixels, const int pitch, __global const act *ahead,
-                            __local const int *next)
+                            __local const int *next, const int spread)
 {
     SOURCE *xs[TILE_E];
     vec sum[TILE_E][TILE_V];
@@ -153,7 +172,7 @@ INLINE void conv_accumulate(__local float *sums, SOURCE *patch, __local const in
         long offset = table[4 * p + AT_PATCH];
         SOURCE *grads = grad + (DIRECT ? table[4 * p + AT_Y] : p * TILE_O);
         for (; p < end; p++, offset += pitch, grads += DIRECT ? BLOCK : TILE_O) {
-            PREFETCH_LATER(ahead + next[4 * p]);
+            PREFETCH_LATER(ahead + next[4 * (p >> spread)]);
             vec dys[TILE_V];
             UNROLL for (int v = 0; v < TILE_V; v++)
                 dys[v] = *(SOURCE_VEC *)(grads + (DIRECT ? v * VEC / BLOCK * plane + v * VEC % BLOCK : v * VEC));
@@ -164,16 +183,6 @@ INLINE void conv_accumulate(__local float *sums, SOURCE *patch, __local const in
     }
     UNROLL for (int j = 0; j < TILE_E; j++)
         UNROLL for (int v = 0; v < TILE_V; v++) STOREL(sum[j][v], sums + j * TILE_O + v * VEC);
-}
-
-// The block of x, and after those the block of dy, that a work-group fetches as its `piece`-th; at last only the last one.
-INLINE __global const act *conv_ahead(__global const act *x, __global const act *dy, const int piece, const int block,
-                                      const int blocks, const int first_tile, const int tiles, const Geometry g)
-{
-    const int last = min((first_tile + tiles) * TILE_O - 1, g.out_blocks * BLOCK - 1) / BLOCK;
-    const int out = min(first_tile * TILE_O / BLOCK + piece - blocks, last);
-    return piece < blocks ? x + (long)(block + piece) * g.in_height * g.in_width * BLOCK
-                          : dy + (long)out * g.out_height * g.out_width * BLOCK;
 }
 
 // Gradient of the weights between group_tiles output tiles and group_blocks input blocks, summed over the lines of a segment,
@@ -224,18 +233,21 @@ __kernel SINGLE void conv_weight(
 #else
         conv_load_patch(x, patch, line, lines, block, blocks, g);
 #endif
-        for (int tile = 0, piece = 0; tile < tiles; tile++) {
+        const int calls = tiles * (padded / TILE_E), spread = conv_spread(calls, blocks + tiles * TILE_O / BLOCK);
+        for (int tile = 0, call = 0; tile < tiles; tile++) {
             const int out = (first_tile + tile) * TILE_O / BLOCK;
 #if DIRECT
             SOURCE *grad = dy + (long)out * out_plane + (first_tile + tile) * TILE_O % BLOCK;
 #else
             conv_load_grad(dy, grad, line, lines, first_tile + tile, g);
 #endif
-            for (int e = 0; e < padded; e += TILE_E, piece++)
+            for (int e = 0; e < padded; e += TILE_E, call++) {
+                const int fetched = call >> spread, part = call - (fetched << spread);
                 conv_accumulate(sums + (tile * padded + e) * TILE_O, patch, entry + e, grad,
                                 out + 1 < g.out_blocks ? out_plane : 0, now, pixels, pitch,
-                                conv_ahead(x, dy, piece, block, blocks, first_tile, tiles, g),
-                                next + (piece < blocks ? AT_X : AT_Y));
+                                conv_ahead(x, dy, fetched, block, blocks, first_tile, tiles, g),
+                                next + (fetched < blocks ? AT_X : AT_Y) + 4 * (part * pixels >> spread), spread);
+            }
         }
     }
     const long all_tiles = (g.out_blocks * BLOCK + TILE_O - 1) / TILE_O;
@@ -275,6 +287,9 @@ __kernel SINGLE void conv_weight_reduce(
 // Global size: (channels of y with padding, pixels of y, images); taps hold (row(t), index in the packed weights, col(t)).
 __kernel void conv_gather(
     __global const act *restrict x, __global const float *restrict w, __global act *restrict y,
+#if JOIN
+    __global const act *restrict z,
+#endif
     __global const int *restrict phases, __global const int *restrict taps, __constant Geometry *restrict geometry)
 {
     const Geometry g = *geometry;
@@ -293,7 +308,8 @@ __kernel void conv_gather(
                                                * TERMS * g.tile_channels + o % g.tile_channels;
             for (int c = 0; c < TERMS; c++) sum += LOAD(xs + c) * ws[c * g.tile_channels];
         }
-    STORE(sum, y + ((((long)n * g.out_blocks + o / BLOCK) * g.out_height + oh) * g.out_width + ow) * BLOCK + o % BLOCK);
+    const long at = ((((long)n * g.out_blocks + o / BLOCK) * g.out_height + oh) * g.out_width + ow) * BLOCK + o % BLOCK;
+    STORE(JOINED(sum, at), y + at);
 }
 
 // Global size: (entries * tile_channels, output tiles * tile_blocks, segments).

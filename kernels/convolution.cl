@@ -97,6 +97,22 @@ INLINE __global const act *conv_cell(__global const act *x, const int line, cons
                 + cell % g.grid_width * g.in_step) * BLOCK;
 }
 
+// The block of x, and after those the block of dy, that a work-group fetches as its `fetched`-th; at last only the last one.
+INLINE __global const act *conv_ahead(__global const act *x, __global const act *dy, const int fetched, const int block,
+                                      const int blocks, const int first_tile, const int tiles, const Geometry g)
+{
+    const int last = min((first_tile + tiles) * TILE_O - 1, g.out_blocks * BLOCK - 1) / BLOCK;
+    const int out = min(first_tile * TILE_O / BLOCK + fetched - blocks, last);
+    return fetched < blocks ? x + (long)(block + fetched) * g.in_height * g.in_width * BLOCK
+                            : dy + (long)out * g.out_height * g.out_width * BLOCK;
+}
+
+// Over how many of so many calls the fetching of each block is spread, as a power of two: as evenly as can be.
+INLINE int conv_spread(const int calls, const int blocks)
+{
+    return calls >= 4 * blocks ? 2 : calls >= 2 * blocks;
+}
+
 // Copies row `ih` of an image into the patch, as fp32, with zeros outside the image.
 void conv_load_row(__global const act *restrict image, __local float *restrict row, const int ih, const Geometry g)
 {
@@ -190,8 +206,10 @@ void conv_runs(__local int *restrict table, const int cells, const int pitch)
 {
     for (int c = cells - 1; c >= 0; c--) {
         __local int *entry = table + 4 * c, *next = entry + 4;
-        const int joined = c + 1 < cells && next[AT_PATCH] - entry[AT_PATCH] == pitch
-                        && (!DIRECT || next[AT_Y] - entry[AT_Y] == BLOCK);
+        int joined = c + 1 < cells && next[AT_PATCH] - entry[AT_PATCH] == pitch;
+#if DIRECT
+        joined = joined && next[AT_Y] - entry[AT_Y] == BLOCK;
+#endif
         entry[RUN] = joined ? next[RUN] + 1 : 1;
     }
 }

@@ -15,6 +15,14 @@
 #define TILE_E 6
 #endif
 #define TILE_O (TILE_V * VEC)
+#ifndef JOIN
+#define JOIN 0
+#endif
+#if JOIN
+#define JOINED(v, at) MASKED(LOAD(y + (at)) + (v), LOAD(z + (at)))
+#else
+#define JOINED(v, at) (v)
+#endif
 
 // Sums that are passed to a function must stay in registers. Without `restrict`: oclgrind does not know what LLVM makes of it.
 #define INLINE __attribute__((always_inline))

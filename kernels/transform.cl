@@ -71,9 +71,17 @@ void winograd_transform_in(__global const act *restrict image, __local float *re
 }
 
 // Writes A^T m A, m[point * plane], to the outputs of a tile that lie in the image.
-void winograd_transform_out(__local const float *restrict m, const int plane, __global act *restrict y, const int width,
-                            const int rows, const int cols)
+void winograd_transform_out(__local const float *restrict m, const int plane, __global act *restrict y,
+#if JOIN
+                            __global const act *restrict z,
+#endif
+                            const int width, const int rows, const int cols)
 {
+#define WRITE(c, v)                                    \
+    if (cols > c) {                                    \
+        const int at = (r * width + c) * BLOCK;        \
+        STORE(JOINED(v, at), y + at);                  \
+    }
     vec t[OUT][EDGE];
     UNROLL for (int c = 0; c < EDGE; c++) {
         vec v[EDGE];
@@ -87,12 +95,12 @@ void winograd_transform_out(__local const float *restrict m, const int plane, __
     UNROLL for (int r = 0; r < OUT; r++) {
         if (r >= rows) break;
         const vec sum_p = t[r][1] + t[r][2], dif_p = t[r][1] - t[r][2], sum_q = t[r][3] + t[r][4], dif_q = t[r][3] - t[r][4];
-        __global act *out = y + r * width * BLOCK;
-        STORE(t[r][0] + sum_p + sum_q, out);
-        if (cols > 1) STORE(P * dif_p + Q * dif_q, out + BLOCK);
-        if (cols > 2) STORE(P2 * sum_p + Q2 * sum_q, out + 2 * BLOCK);
-        if (cols > 3) STORE(P * P2 * dif_p + (Q * Q2 * dif_q + t[r][5]), out + 3 * BLOCK);
+        WRITE(0, t[r][0] + sum_p + sum_q)
+        WRITE(1, P * dif_p + Q * dif_q)
+        WRITE(2, P2 * sum_p + Q2 * sum_q)
+        WRITE(3, P * P2 * dif_p + (Q * Q2 * dif_q + t[r][5]))
     }
+#undef WRITE
 }
 
 // Reads the 4x4 gradients of a tile, zeros outside the image, and writes A dy A^T to out[point * plane].

@@ -82,11 +82,22 @@ void winograd_fetch(__global const act *restrict array, const int all_blocks, co
     }
 }
 
+// Where the outputs of a tile begin in y, from output channel o0 on.
+INLINE long winograd_corner(const int tile, const int o0, const Geometry g)
+{
+    const int image_tiles = g.tile_rows * g.tile_cols, place = tile % image_tiles;
+    return ((((long)(tile / image_tiles) * g.out_blocks + o0 / BLOCK) * g.out_height + place / g.tile_cols * OUT) * g.out_width
+            + place % g.tile_cols * OUT) * BLOCK;
+}
+
 // Work-group = (group of tiles, panel of the output channels). It transforms a chunk of input blocks, adds what they give to the
 // products of all its output channels, and goes on with the next chunk: both stay in the second-level cache.
 // u [output tile][point][input channel][TILE_O].
 __kernel SINGLE void winograd_gather(
     __global const act *restrict x, __global const float *restrict u, __global act *restrict y,
+#if JOIN  // see conv.cl
+    __global const act *restrict z,
+#endif
     __constant Geometry *restrict geometry,
     __local float *restrict inputs,    // [POINTS]([chunk][group_tiles][BLOCK] + PAD): transformed input
     __local float *restrict products)  // [POINTS]([panel / TILE_O][group_tiles][TILE_O] + PAD)
@@ -130,13 +141,24 @@ __kernel SINGLE void winograd_gather(
         }
     }
     for (int t = 0; t < tiles; t++) {
-        const int n = (first + t) / image_tiles, place = (first + t) % image_tiles;
-        const int row = place / g.tile_cols * OUT, col = place % g.tile_cols * OUT;
-        for (int o = 0; o < outs; o += VEC)
-            winograd_transform_out(products + o / TILE_O * TILE_O * g.group_tiles + t * TILE_O + o % TILE_O, product_plane,
-                y + (((long)n * g.out_blocks + (o0 + o) / BLOCK) * g.out_height * g.out_width
-                     + row * g.out_width + col) * BLOCK + (o0 + o) % BLOCK,
-                g.out_width, g.out_height - row, g.out_width - col);
+        const int place = (first + t) % image_tiles, row = place / g.tile_cols * OUT, col = place % g.tile_cols * OUT;
+        const long corner = winograd_corner(first + t, o0, g);
+        for (int o = 0; o < outs; o += VEC) {
+            const long at = corner + (long)o / BLOCK * g.out_height * g.out_width * BLOCK + o % BLOCK;
+#if JOIN
+            const long ahead = at - corner + winograd_corner(min(first + t + 1, g.images * image_tiles - 1), o0, g);
+            for (int p = 0; p < OUT * OUT; p++) {  // what the next tile finds there
+                const long pixel = ahead + (p / OUT * g.out_width + p % OUT) * BLOCK;
+                PREFETCH(y + pixel);
+                PREFETCH(z + pixel);
+            }
+#endif
+            winograd_transform_out(products + o / TILE_O * TILE_O * g.group_tiles + t * TILE_O + o % TILE_O, product_plane, y + at,
+#if JOIN
+                                   z + at,
+#endif
+                                   g.out_width, g.out_height - row, g.out_width - col);
+        }
     }
 }
 
@@ -164,7 +186,7 @@ void winograd_accumulate(__local const float *restrict x, __local const float *r
 void winograd_write_gradient(vec rows[BLOCK * 9], __global float *restrict out, const long step, const int ins, const int outs,
                              const int segments)
 {
-    if (ins == BLOCK && outs == VEC && step % BLOCK == 0)
+    if (outs == VEC && step % BLOCK == 0)  // and so whole blocks of input channels
         for (int k = 0; k < 9 * BLOCK; k += VEC) {
             transpose_rows(rows + k);
             UNROLL for (int o = 0; o < VEC; o++)

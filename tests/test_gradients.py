@@ -140,20 +140,35 @@ def test_gradients_are_slopes_of_the_loss(problem):
     assert not wrong_slopes(net, lambda state: exact_logits(arch, options, state, images, True), images, labels)
 
 
-def two_branches(net, x, arch, options):
-    """Sums of stored activations: both get the same gradient, and one overwrites what it gets."""
+def two_branches(net, x):
+    """Both get the same gradient, and one overwrites what it gets."""
     left = net.relu(net.norm("bn1", net.conv("conv1", x, 16, 3)))
-    right = net.conv("conv2", x, 16, 3)
-    return net.linear("fc", net.average_pool(net.conv("conv3", net.add(left, right), 16, 3)), options.num_classes)
+    return net.add(left, net.conv("conv2", x, 16, 3))
 
 
-def test_gradients_of_a_sum_of_stored_activations(monkeypatch):
-    monkeypatch.setattr("dpresnet.model.resnet", two_branches)
+def around_two_convolutions(net, x):
+    """The gradient of the sum is one term of what conv2 reads, and still to be read for that of the weights of conv3."""
+    left = net.relu(net.norm("bn1", net.conv("conv1", x, 16, 3)))
+    return net.add(left, net.conv("conv3", net.conv("conv2", left, 16, 3), 16, 3))
+
+
+def without_relu(net, x):
+    """What is read twice is negative in places."""
+    left = net.norm("bn1", net.conv("conv1", x, 16, 3))
+    return net.add(net.norm("bn2", net.conv("conv2", left, 16, 3)), left)
+
+
+@pytest.mark.parametrize("layers", [two_branches, around_two_convolutions, without_relu])
+def test_gradients_of_activations_that_are_read_twice(monkeypatch, layers):
+    def whole(net, x, arch, options):
+        return net.linear("fc", net.average_pool(net.conv("last", layers(net, x), 16, 3)), options.num_classes)
+
+    monkeypatch.setattr("dpresnet.model.resnet", whole)
     net = Network("resnet20", image=(3, 9, 9), batch=3, precision="fp32", num_classes=5)
     rng = np.random.default_rng(0)
     images, labels = rng.standard_normal((3, 3, 9, 9)).astype(np.float32), np.array([0, 3, 4])
 
     def exact(state):
-        return two_branches(Exact(state), Image(images.astype(np.float64)), "", Options(num_classes=5))
+        return whole(Exact(state), Image(images.astype(np.float64)), "", Options(num_classes=5))
 
     assert not wrong_slopes(net, exact, images, labels)

@@ -78,6 +78,27 @@ def test_one_launch_per_activation_each_way(device, arch, stem, activations, nor
         assert Counter(kind for kind in map(kind_of, plan) if not kind.startswith(("conv_", "winograd_"))) == expected
 
 
+@pytest.mark.parametrize(("arch", "stem", "joins"), [
+    ("resnet18", "cifar", 8), ("resnet50", "imagenet", 15), ("plain20", "cifar", 0),
+])  # fmt: skip
+def test_gradients_of_a_shortcut_are_joined_by_the_convolution_beside_it(device, arch, stem, joins):
+    """Wherever a rectified activation is read twice: by the last of its convolutions to go backward, which finds the other term
+    in its output. The sums of the normalisation then have one term, without a mask.
+    """
+    plan = list(model(device, arch, stem=stem, image=64).train.plan)
+    joining = [i for i, entry in enumerate(plan) if isinstance(entry, Launch) and dict(entry.defines).get("JOIN")]
+    assert len(joining) == joins
+    for i in joining:
+        (dx,), following = plan[i].writes, plan[i + 1]
+        earlier = [entry for entry in plan[:i] if isinstance(entry, Launch) and dx in entry.writes]
+        assert earlier, plan[i]
+        (z,) = (t for t in plan[i].tensors[3:] if t.shape == dx.shape)
+        assert f"{z.name}.dx.reduce" == following.name
+        assert (dx in following.tensors, dx in following.writes, z in following.tensors) == (True, False, False)
+        assert dict(following.defines)["RELU"] == 0
+    assert all(dict(e.defines)["TERMS"] == 1 for e in plan if isinstance(e, Launch) and e.verb == "backward_reduce")
+
+
 @pytest.mark.parametrize(("arch", "stem", "winograd", "direct"), [
     ("resnet18", "cifar", 13, 7), ("resnet50", "imagenet", 13, 40), ("resnet50", "deep", 15, 40), ("resnet20", "cifar", 16, 3),
     ("resnext50_32x4d", "imagenet", 0, 53),

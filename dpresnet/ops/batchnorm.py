@@ -85,18 +85,20 @@ def backward_reduce(plan: Plan, name: str, terms: Sequence[Tensor], affines: Seq
     """partials [N, 2, C] = sum(g), sum(g * normalised x) per image, for each of one or two branches.
 
     g is the sum of one or two ``terms`` of the gradient of z, where z is positive if ``relu``. After a residual addition
-    ``z`` and ``g`` (which is written, and may be one of the terms) are given; otherwise the sign of z is computed again.
+    ``z`` and ``g`` are given: g is written, and may be one of the terms. Without z, g is the only term, and there already.
+    Otherwise the sign of z is computed again.
     """
-    first, kind = affines[0], 0 if g is None else len(affines)
+    first, given = affines[0], g is not None and z is None
     args, writes = [*terms, first.x, first.moments], [*partials]
     if relu:
         args += [first.weight, first.bias] if g is None else [z]
-    if g is not None:
+    if g is not None and not given:
         args, writes = [*args, g], [*writes, g]
     for other, partial in zip(affines[1:], partials[1:], strict=True):
         args += [other.x, other.moments, partial]
+    kind = 0 if g is None or (given and len(affines) == 1) else len(affines)
     launch(plan, name, "backward_reduce", first.x, [*args, partials[0]], writes, whole=True,
-           TERMS=len(terms), RELU=int(relu), RESIDUAL=kind)  # fmt: skip
+           TERMS=len(terms), RELU=int(relu), RESIDUAL=kind, GIVEN=int(given and kind == 2))  # fmt: skip
 
 
 def add_images(plan: Plan, name: str, partial: Tensor, sums: Tensor, dbias: Tensor, dweight: Tensor, means: Tensor,

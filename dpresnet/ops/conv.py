@@ -96,8 +96,9 @@ def gather_cost(conv: Conv, geometry: Geometry) -> float:
     return max(total / conv.units, share * group(geometry.group_lines)) / conv.vector
 
 
-def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, transposed: bool) -> None:
-    """Appends one launch of conv_gather; ``w`` is packed for this direction."""
+def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, transposed: bool,
+           z: Tensor | None = None) -> None:  # fmt: skip
+    """Appends one launch of conv_gather; ``w`` is packed for this direction, ``z`` as in `backward_data`."""
     geometry = geometry_of(conv, transposed)
     if conv.vector == 1:
         size = (geometry.out_blocks * BLOCK, geometry.out_height * geometry.out_width, conv.images)
@@ -107,8 +108,9 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, w: Tensor, y: Tensor, t
         geometry = gather_groups(conv, transposed)
         size = (-(-geometry.lines // geometry.group_lines), -(-conv.tiles(transposed) // geometry.group_tiles))
         memory = [Local(4 * n) for n in gather_floats(conv, geometry)]
-    args = [x, w, y, *tables(conv, geometry), geometry.constant(), *memory]
+    args = [x, w, y, *([z] if z else []), *tables(conv, geometry), geometry.constant(), *memory]
     defines = conv.defines("conv", transposed) | {"TILE_P": conv.tile_rows("conv_gather", transposed)}
+    defines |= {"JOIN": 1} if z else {}
     plan.launch(name, "conv_gather", size, args, [y], conv.flops, **defines)
 
 
@@ -117,9 +119,13 @@ def forward(plan: Plan, name: str, conv: Conv, x: Tensor, packed: Tensor, y: Ten
     gather(plan, name, conv, x, packed, y, transposed=False)
 
 
-def backward_data(plan: Plan, name: str, conv: Conv, dy: Tensor, packed: Tensor, dx: Tensor) -> None:
-    """dx [N, C, H, W] from dy [N, O, OH, OW]; ``packed`` is the transposed working copy."""
-    gather(plan, name, conv, dy, packed, dx, transposed=True)
+def backward_data(plan: Plan, name: str, conv: Conv, dy: Tensor, packed: Tensor, dx: Tensor, z: Tensor | None = None) -> None:
+    """dx [N, C, H, W] from dy [N, O, OH, OW]; ``packed`` is the transposed working copy.
+
+    With ``z`` [N, C, H, W], the convolution's input and the output of ReLU, dx holds another term of the gradient of z before,
+    and afterwards the sum of both where z is positive, 0 elsewhere: the gradient of what was rectified.
+    """
+    gather(plan, name, conv, dy, packed, dx, transposed=True, z=z)
 
 
 def weight_groups(conv: Conv) -> Geometry:

@@ -145,13 +145,15 @@ def smaller(g: Geometry, edge: int, lanes: int) -> Geometry:
     return replace(g, chunk=-(-g.chunk // 2), panel=max(1, g.panel // lanes // 2) * lanes)
 
 
-def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, transposed: bool) -> None:
-    """Appends a launch of winograd_gather; ``u`` is packed for this direction."""
+def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, transposed: bool,
+           z: Tensor | None = None) -> None:  # fmt: skip
+    """Appends a launch of winograd_gather; ``u`` is packed for this direction, ``z`` as in `ops.conv.backward_data`."""
     conv = conv.fitting(lambda c: gather_floats(gather_groups(c, transposed)), RESERVE)
     g = gather_groups(conv, transposed)
     size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.panel))
-    args = [x, u, y, g.constant(), *(Local(4 * n) for n in gather_floats(g))]
+    args = [x, u, y, *([z] if z else []), g.constant(), *(Local(4 * n) for n in gather_floats(g))]
     defines = conv.defines("winograd", transposed) | {"TILE_P": conv.tile_rows("winograd_gather", transposed)}
+    defines |= {"JOIN": 1} if z else {}
     plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **defines)
 
 
@@ -160,9 +162,9 @@ def forward(plan: Plan, name: str, conv: Conv, x: Tensor, packed: Tensor, y: Ten
     gather(plan, name, conv, x, packed, y, transposed=False)
 
 
-def backward_data(plan: Plan, name: str, conv: Conv, dy: Tensor, packed: Tensor, dx: Tensor) -> None:
-    """dx [N, C, H, W] from dy [N, O, OH, OW]; ``packed`` is the transposed working copy."""
-    gather(plan, name, conv, dy, packed, dx, transposed=True)
+def backward_data(plan: Plan, name: str, conv: Conv, dy: Tensor, packed: Tensor, dx: Tensor, z: Tensor | None = None) -> None:
+    """dx [N, C, H, W] from dy [N, O, OH, OW] and the transposed working copy; ``z`` as in `ops.conv.backward_data`."""
+    gather(plan, name, conv, dy, packed, dx, transposed=True, z=z)
 
 
 def weight_groups(conv: Conv) -> Geometry:

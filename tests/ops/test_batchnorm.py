@@ -202,6 +202,22 @@ def test_backward_reduce(mode, shape, relu, residual, count):
 
 @each_mode
 @each_shape
+@pytest.mark.parametrize("residual", [1, 2])
+def test_backward_reduce_of_a_given_sum(mode, shape, residual):
+    """The same bits as where g is computed, from what was stored then."""
+    bench = Bench(mode)
+    affines = [Branch.draw(bench, shape).on(bench) for _ in range(residual)]
+    dz, z, g = bench.image(bench.draw(*shape)), bench.image(bench.draw(*shape)), bench.out_image(shape)
+    computed, given = ([bench.out_rows(shape[0], 2, shape[1]) for _ in affines] for _ in range(2))
+    ops.backward_reduce(bench.plan, "bn", [dz], affines, True, computed, z, g)
+    ops.backward_reduce(bench.plan, "bn", [g], affines, False, given, None, g)
+    bench.run()
+    for first, second in zip(computed, given, strict=True):
+        np.testing.assert_array_equal(bench.read(second), bench.read(first))
+
+
+@each_mode
+@each_shape
 @each_number_of_terms
 def test_results_may_take_the_place_of_a_term(mode, shape, count):
     """Same bits as in memory of their own: g in that of the last term, and then dx in that of g."""

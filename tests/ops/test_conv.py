@@ -62,6 +62,7 @@ SHAPES = [
     Shape(1, 17, 20, 7, 10, 3, 3, 0),  # the stride leaves a remainder both ways
     Shape(2, 20, 17, 10, 11, 3, 3, 2),
     Shape(1, 32, 48, 5, 6, 1),
+    Shape(1, 32, 64, 1, 9, 1),  # a single segment, and whole tiles of whole blocks
     Shape(2, 32, 64, 7, 8, 1, 2),  # a projection: three of four phases of the gradient have no tap
     Shape(1, 48, 16, 8, 7, 1, 3, 1),  # windows that see only padding
     Shape(1, 4, 4, 3, 4, 2, 1, 3),  # the same, beyond every edge
@@ -113,9 +114,11 @@ def forward(bench: Bench, shape: Shape, x: np.ndarray, w: np.ndarray) -> Tensor:
     return y
 
 
-def backward_data(bench: Bench, shape: Shape, dy: np.ndarray, w: np.ndarray) -> Tensor:
-    conv, dx = conv_of(bench, shape), bench.out_image(shape.x)
-    ops.backward_data(bench.plan, "conv", conv, bench.image(dy), packed_weights(bench, conv, w, True), dx)
+def backward_data(bench: Bench, shape: Shape, dy: np.ndarray, w: np.ndarray, *joined: np.ndarray) -> Tensor:
+    """Also with another term of the gradient, and z."""
+    conv = conv_of(bench, shape)
+    dx, *z = map(bench.image, joined) if joined else [bench.out_image(shape.x)]
+    ops.backward_data(bench.plan, "conv", conv, bench.image(dy), packed_weights(bench, conv, w, True), dx, *z)
     bench.run()
     return dx
 
@@ -152,8 +155,19 @@ def test_backward_data(mode, shape):
     bench = Bench(mode)
     dy, w = bench.draw(*shape.y), bench.draw(*shape.w)
     dx = backward_data(bench, shape, dy, w)
-    terms = shape.outs // shape.groups * shape.kernel**2
-    bench.assert_close(dx, reference.conv_backward_data(dy, w, shape.x, *shape.window), terms)
+    bench.assert_close(dx, reference.conv_backward_data(dy, w, shape.x, *shape.window), w[:, 0].size)
+
+
+@each_mode
+@each_shape
+def test_backward_data_joins_another_term(mode, shape):
+    """Their sum where z is positive, in the place of that term: also at pixels that no window reads."""
+    bench = Bench(mode)
+    dy, w, term = bench.draw(*shape.y), bench.draw(*shape.w), bench.draw(*shape.x)
+    z = reference.relu_forward(bench.draw(*shape.x))
+    dx = backward_data(bench, shape, dy, w, term, z)
+    both = term + reference.conv_backward_data(dy, w, shape.x, *shape.window)
+    bench.assert_close(dx, reference.relu_backward(both, z), w[:, 0].size)
 
 
 @each_mode
@@ -162,8 +176,7 @@ def test_backward_weight(mode, shape):
     bench = Bench(mode)
     dy, x = bench.draw(*shape.y), bench.draw(*shape.x)
     dw = backward_weight(bench, shape, dy, x)
-    terms = dy[:, 0].size
-    bench.assert_close(dw, reference.conv_backward_weight(dy, x, shape.w, *shape.window), terms)
+    bench.assert_close(dw, reference.conv_backward_weight(dy, x, shape.w, *shape.window), dy[:, 0].size)
 
 
 @each_mode
@@ -171,9 +184,7 @@ def test_backward_weight(mode, shape):
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(1, 15, 30, 4, 4, 2),
-        Shape(1, 15, 30, 4, 4, 2, groups=3),
-        Shape(1, 15, 30, 4, 4, 2, groups=15),
+        *(Shape(1, 15, 30, 4, 4, 2, groups=groups) for groups in (1, 3, 15)),
         Shape(1, 40, 56, 4, 4, 3),  # whole blocks and whole tiles, and a remainder of both
         Shape(1, 64, 32, 4, 4, 3),  # nothing but whole blocks and tiles: nothing lies behind the last one
         Shape(1, 56, 40, 4, 4, 1),

@@ -32,7 +32,6 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 VECTORS = Mode("fp32", "vector")
 
 
-
 def conv_of(bench, shape):
     found = conv.conv_for(bench.plan, bench.plan.image("x", *shape.x), shape.outs, shape.kernel, *shape.window)
     assert winograd.possible(found)
@@ -45,12 +44,14 @@ def several_segments(monkeypatch):
     monkeypatch.setattr(winograd, "SEGMENT_TILES", 1)
 
 
-def gathered(bench, shape, source, w, transposed):
-    found, out = conv_of(bench, shape), bench.out_image(shape.x if transposed else shape.y)
+def gathered(bench, shape, source, w, transposed, *joined):
+    """Backward also with another term of the gradient, and z."""
+    found = conv_of(bench, shape)
+    out, *z = map(bench.image, joined) if joined else [bench.out_image(shape.x if transposed else shape.y)]
     packed = bench.scratch(winograd.packed_shape(found, transposed))
     winograd.pack(bench.plan, "pack", found, bench.array(w), packed, transposed)
     launch = winograd.backward_data if transposed else winograd.forward
-    launch(bench.plan, "conv", found, bench.image(source), packed, out)
+    launch(bench.plan, "conv", found, bench.image(source), packed, out, *z)
     bench.run()
     return out
 
@@ -90,6 +91,18 @@ def test_backward_data(mode, shape):
     dy, w = bench.draw(*shape.y), bench.draw(*shape.w)
     dx = gathered(bench, shape, dy, w, transposed=True)
     bench.assert_close(dx, reference.conv_backward_data(dy, w, shape.x, *shape.window), w[:, 0].size)
+
+
+@each_vector
+@each_shape
+def test_backward_data_joins_another_term(mode, shape):
+    """Their sum where z is positive, in the place of that term."""
+    bench = Bench(mode)
+    dy, w, term = bench.draw(*shape.y), bench.draw(*shape.w), bench.draw(*shape.x)
+    z = reference.relu_forward(bench.draw(*shape.x))
+    dx = gathered(bench, shape, dy, w, True, term, z)
+    both = term + reference.conv_backward_data(dy, w, shape.x, *shape.window)
+    bench.assert_close(dx, reference.relu_backward(both, z), w[:, 0].size)
 
 
 @each_vector
