@@ -205,6 +205,8 @@ class Recorder:
         ops = winograd if winograd.suits(shape) else conv
 
         def packed(transposed: bool) -> Tensor:
+            if self.train and ops is winograd and winograd.fresh_groups(shape, transposed):
+                return weight.value
             copy = Tensor(f"{name}.{'transposed' if transposed else 'packed'}", ops.packed_shape(shape, transposed), FLOAT)
             begin = len(self.prepare.entries)
             ops.pack(self.prepare, copy.name, shape, weight.value, copy, transposed)

@@ -10,11 +10,24 @@
 // winograd_weight  gradient of the weights, one array for each segment of the images; winograd_reduce adds the segments
 // winograd_pack    U from the weights
 //
+// FRESH  1: winograd_gather transforms the weights itself, an output tile at a time. That saves large weights of few tiles a way to
+//        memory and back; where more work-groups read the same ones, packing them once is faster. 0: they are packed.
+//
 // A sum over channels runs in their order, one over tiles in the order (image, tile row, tile column) of its segment: neither
 // depends on the sizes of register tiles (see tile.cl) and work-groups.
 
+#ifndef FRESH
+#define FRESH 0
+#endif
 #define MOST_SEGMENTS 32
 #define PAD BLOCK  // floats between the planes of two points, so that they fall into different cache sets
+#if FRESH
+#define WEIGHTS __local const float
+#define WEIGHTS_VEC __local const vec
+#else
+#define WEIGHTS __global const float
+#define WEIGHTS_VEC __global const vec
+#endif
 
 // Geometry of one launch, in the order of the fields of `Geometry` in dpresnet/ops/winograd.py.
 typedef struct {
@@ -31,22 +44,100 @@ typedef struct {
     int transposed;      // winograd_pack: 1 = weights of the gradient of the input
 } Geometry;
 
+// w[channel of a block][tap][TILE_O], one vector of it, from source[input channel * step_i + output channel * step_o + tap].
+// `ins` and `outs` channels follow from there on; zero beyond them.
+void winograd_load_weights(__global const float *restrict source, float *restrict w, const int ins, const int outs,
+                           const long step_i, const long step_o, const int transposed)
+{
+    const int channels = transposed ? 1 : BLOCK, count = 9 * channels;  // whose weights of an output channel lie side by side
+    for (int i = 0; i < BLOCK; i += channels) {
+        const int beyond = count % VEC == 0 || ins > i + channels || outs >= 2 * VEC;  // what is read and dropped is there
+        if (ins >= i + channels && outs >= VEC && beyond)
+            for (int k = 0; k < count; k += VEC) {
+                vec v[VEC];
+                transpose(v, source + i * step_i + k, step_o, transposed ? step_i : 2 * BLOCK);
+                UNROLL for (int r = 0; r < VEC; r++) *(vec *)(w + (i * 9 + k + r) * TILE_O) = v[r];
+            }
+        else
+            for (int k = 0; k < count; k++)
+                for (int o = 0; o < VEC; o++)
+                    w[(i * 9 + k) * TILE_O + o] = i + k / 9 < ins && o < outs ? source[i * step_i + o * step_o + k] : 0;
+    }
+}
+
+// w[channel of a block][tap][TILE_O] between the input channels from i0 and the output channels from o0 on, of master
+// [out][in][9], or with `transposed` [in][out][9].
+void winograd_load_block(__global const float *restrict master, float *restrict w, const int i0, const int o0, const Geometry g)
+{
+    const long step_i = g.transposed ? g.out_channels * 9 : 9, step_o = g.transposed ? 9 : g.in_channels * 9;
+    for (int o = 0; o < TILE_O; o += VEC)
+        winograd_load_weights(master + i0 * step_i + (o0 + o) * step_o, w + o, g.in_channels - i0, g.out_channels - o0 - o,
+                              step_i, step_o, g.transposed);
+}
+
+// U of one channel of such a block, u[point][TILE_O]; with `transposed` turned by 180 degrees.
+void winograd_channel(const float *restrict w, const int channel, float *restrict u, const int transposed)
+{
+    const int first = transposed ? 8 : 0, step = transposed ? -TILE_O : TILE_O;  // of the taps
+    for (int o = 0; o < TILE_O; o += VEC) winograd_transform_weight(w + (channel * 9 + first) * TILE_O + o, step, u + o, TILE_O);
+}
+
+#define BLOCK_WEIGHTS ((9 * BLOCK + VEC) * TILE_O)  // floats of w: vectors go beyond the last tap
+#define ALIGNED __attribute__((aligned(64)))
+
+// packed [output tile][point][channel][TILE_O] from master, rounded to fp16 when activations are. One work-item per (input block,
+// output tile): it writes whole cache lines.
+__kernel SINGLE void winograd_pack(__global const float *restrict master, __global float *restrict packed,
+                            __constant Geometry *restrict geometry)
+{
+    const Geometry g = *geometry;
+    const int i0 = get_global_id(0) * BLOCK, o0 = get_global_id(1) * TILE_O, rows = get_global_size(0) * BLOCK;
+    __global float *out = packed + ((long)get_global_id(1) * POINTS * rows + i0) * TILE_O;
+    float w[BLOCK_WEIGHTS] ALIGNED, u[POINTS * TILE_O] ALIGNED;
+    winograd_load_block(master, w, i0, o0, g);
+    for (int i = 0; i < BLOCK; i++) {
+        winograd_channel(w, i, u, g.transposed);
+        for (int point = 0; point < POINTS; point++)
+            UNROLL for (int o = 0; o < TILE_O; o += VEC)
+                STREAMF(*(const vec *)(u + point * TILE_O + o), out + ((long)point * rows + i) * TILE_O + o);
+    }
+}
+
+#if FRESH
+// The same of `blocks` input blocks to local memory, u[POINTS]([channel][TILE_O] + PAD), where it is read at once.
+void winograd_fresh(__global const float *restrict master, __local float *restrict u, const int block, const int blocks,
+                    const int o0, const Geometry g)
+{
+    float w[BLOCK_WEIGHTS] ALIGNED, channel[POINTS * TILE_O] ALIGNED;
+    for (int i = 0; i < blocks; i++) {
+        winograd_load_block(master, w, (block + i) * BLOCK, o0, g);
+        for (int c = 0; c < BLOCK; c++) {
+            winograd_channel(w, c, channel, g.transposed);
+            for (int point = 0; point < POINTS; point++)
+                UNROLL for (int o = 0; o < TILE_O; o += VEC)
+                    STOREL(*(const vec *)(channel + point * TILE_O + o),
+                           u + point * (g.chunk * BLOCK * TILE_O + PAD) + (i * BLOCK + c) * TILE_O + o);
+        }
+    }
+}
+#endif
+
 // products[TILE_P][TILE_O] of a register tile += x[block][TILE_P][BLOCK] * u[block][BLOCK][TILE_O], summed over blocks and
 // channels; `step` floats lie between two blocks of x. All other offsets are constants: the loop needs two addresses.
-void winograd_multiply(__local const float *restrict x, __global const float *restrict u, __local float *restrict products,
-                       const int blocks, const int step, const int fresh, __global const float *restrict next)
+void winograd_multiply(__local const float *restrict x, WEIGHTS *restrict u, __local float *restrict products,
+                       const int blocks, const int step, const int first, WEIGHTS *restrict next)
 {
     vec sum[TILE_V][TILE_P];
     UNROLL for (int v = 0; v < TILE_V; v++)
         UNROLL for (int p = 0; p < TILE_P; p++) sum[v][p] = 0;
-    if (!fresh)
+    if (!first)
         UNROLL for (int v = 0; v < TILE_V; v++)
             UNROLL for (int p = 0; p < TILE_P; p++) sum[v][p] = LOADL(products + p * TILE_O + v * VEC);
     for (int i = 0; i < blocks; i++, x += step, u += BLOCK * TILE_O, next += BLOCK * TILE_O)
         UNROLL for (int l = 0; l < BLOCK; l++) {
             UNROLL for (int k = 0; k < TILE_O; k += 16) PREFETCH(next + l * TILE_O + k);
             vec weight[TILE_V];
-            UNROLL for (int v = 0; v < TILE_V; v++) weight[v] = LOADF(u + l * TILE_O + v * VEC);
+            UNROLL for (int v = 0; v < TILE_V; v++) weight[v] = *(WEIGHTS_VEC *)(u + l * TILE_O + v * VEC);
             UNROLL for (int p = 0; p < TILE_P; p++) {
                 const vec value = (vec)(x[p * BLOCK + l]);
                 UNROLL for (int v = 0; v < TILE_V; v++) sum[v][p] += value * weight[v];
@@ -71,13 +162,11 @@ void winograd_fetch(__global const act *restrict array, const int all_blocks, co
     for (int i = block; i < block + blocks; i++) {
         __global const act *pixel = array + ((((long)n * all_blocks + i) * height + top * OUT + point / OUT) * width
                                              + left * OUT + point % OUT) * BLOCK;
-        for (int t = first, row = top, col = left; t < last; t++) {
-            PREFETCH_LATER(pixel);
-            pixel += OUT * BLOCK;
-            if (++col < g.tile_cols) continue;
-            col = 0, pixel += line;
-            if (++row < g.tile_rows) continue;
-            row = 0, pixel += image;
+        for (int t = first, row = top, col = left; t < last; col = 0) {
+            const int end = t + min(g.tile_cols - col, last - t);  // of the row of tiles
+            for (; t < end; t++, pixel += OUT * BLOCK) PREFETCH_LATER(pixel);
+            pixel += line;
+            if (++row == g.tile_rows) row = 0, pixel += image;
         }
     }
 }
@@ -94,13 +183,17 @@ INLINE long winograd_corner(const int tile, const int o0, const Geometry g)
 // products of all its output channels, and goes on with the next chunk: both stay in the second-level cache.
 // u [output tile][point][input channel][TILE_O].
 __kernel SINGLE void winograd_gather(
-    __global const act *restrict x, __global const float *restrict u, __global act *restrict y,
+    __global const act *restrict x, __global const float *restrict u, __global act *restrict y,  // FRESH: u is the master
 #if JOIN  // see conv.cl
     __global const act *restrict z,
 #endif
     __constant Geometry *restrict geometry,
     __local float *restrict inputs,    // [POINTS]([chunk][group_tiles][BLOCK] + PAD): transformed input
-    __local float *restrict products)  // [POINTS]([panel / TILE_O][group_tiles][TILE_O] + PAD)
+    __local float *restrict products   // [POINTS]([panel / TILE_O][group_tiles][TILE_O] + PAD)
+#if FRESH
+    , __local float *restrict weights  // [POINTS]([chunk][BLOCK][TILE_O] + PAD): U of an output tile
+#endif
+    )
 {
     const Geometry g = *geometry;
     const int image_tiles = g.tile_rows * g.tile_cols;
@@ -127,16 +220,26 @@ __kernel SINGLE void winograd_gather(
         const int more = i0 + blocks < g.in_blocks;  // of these tiles, else what the next ones begin with
         const int ahead = more ? first : first + tiles, until = min(ahead + tiles, g.images * image_tiles);
         const int block = more ? i0 + blocks : 0, count = min(g.chunk, g.in_blocks - block);
-        for (int point = 0; point < POINTS; point++) {
-            winograd_fetch(x, g.in_blocks, g.in_height, g.in_width, ahead, until, block, count, point, g);
-            for (int o = 0; o < outs; o += TILE_O) {
-                const int wrap = o + TILE_O >= outs;  // the weights that are used next: of the next channels, or the next point
-                __global const float *us = u + (((long)(o0 + o) / TILE_O * POINTS + point) * g.in_blocks + i0) * BLOCK * TILE_O;
-                __global const float *next = us + (wrap ? 1 - o / TILE_O * POINTS : POINTS) * g.in_blocks * BLOCK * TILE_O;
-                for (int t = 0; t < tiles; t += TILE_P)
-                    winograd_multiply(inputs + point * plane + t * BLOCK, us,
-                                      products + point * product_plane + o * g.group_tiles + t * TILE_O, blocks, step, i0 == 0,
-                                      next);
+        const int together = FRESH ? TILE_O : outs;  // output channels at each point
+        for (int begin = 0; begin < outs; begin += together) {
+#if FRESH
+            winograd_fresh(u, weights, i0, blocks, o0 + begin, g);
+#endif
+            for (int point = 0; point < POINTS; point++) {
+                if (begin == 0) winograd_fetch(x, g.in_blocks, g.in_height, g.in_width, ahead, until, block, count, point, g);
+                for (int o = begin; o < begin + together; o += TILE_O) {
+#if FRESH
+                    WEIGHTS *us = weights + point * (g.chunk * BLOCK * TILE_O + PAD), *next = us;
+#else
+                    const int wrap = o + TILE_O >= outs;  // the weights that are used next: of the next channels, or the next point
+                    WEIGHTS *us = u + (((long)(o0 + o) / TILE_O * POINTS + point) * g.in_blocks + i0) * BLOCK * TILE_O;
+                    WEIGHTS *next = us + (wrap ? 1 - o / TILE_O * POINTS : POINTS) * g.in_blocks * BLOCK * TILE_O;
+#endif
+                    for (int t = 0; t < tiles; t += TILE_P)
+                        winograd_multiply(inputs + point * plane + t * BLOCK, us,
+                                          products + point * product_plane + o * g.group_tiles + t * TILE_O, blocks, step,
+                                          i0 == 0, next);
+                }
             }
         }
     }
@@ -268,49 +371,5 @@ __kernel void winograd_reduce(const int elements, __global const float *restrict
         for (int width = segments; width > 1; width = (width + 1) / 2)
             for (int s = 0; s < width / 2; s++) part[s] += part[s + (width + 1) / 2];
         for (int l = 0; l < min(VEC, elements - i); l++) dw[i + l] = ((float *)part)[l];
-    }
-}
-
-// w[channel of a block][tap][TILE_O], one vector of it, from source[input channel * step_i + output channel * step_o + tap].
-// `ins` and `outs` channels follow from there on; zero beyond them.
-void winograd_load_weights(__global const float *restrict source, float *restrict w, const int ins, const int outs,
-                           const long step_i, const long step_o, const int transposed)
-{
-    const int channels = transposed ? 1 : BLOCK, count = 9 * channels;  // whose weights of an output channel lie side by side
-    for (int i = 0; i < BLOCK; i += channels) {
-        const int beyond = count % VEC == 0 || ins > i + channels || outs >= 2 * VEC;  // what is read and dropped is there
-        if (ins >= i + channels && outs >= VEC && beyond)
-            for (int k = 0; k < count; k += VEC) {
-                vec v[VEC];
-                transpose(v, source + i * step_i + k, step_o, transposed ? step_i : 2 * BLOCK);
-                UNROLL for (int r = 0; r < VEC; r++) *(vec *)(w + (i * 9 + k + r) * TILE_O) = v[r];
-            }
-        else
-            for (int k = 0; k < count; k++)
-                for (int o = 0; o < VEC; o++)
-                    w[(i * 9 + k) * TILE_O + o] = i + k / 9 < ins && o < outs ? source[i * step_i + o * step_o + k] : 0;
-    }
-}
-
-// packed [output tile][point][channel][TILE_O] from master [out][in][9], rounded to fp16 when activations are; transposed: from
-// [in][out][9], turned by 180 degrees. One work-item per (input block, output tile): it writes whole cache lines.
-__kernel SINGLE void winograd_pack(__global const float *restrict master, __global float *restrict packed,
-                            __constant Geometry *restrict geometry)
-{
-    const Geometry g = *geometry;
-    const int i0 = get_global_id(0) * BLOCK, o0 = get_global_id(1) * TILE_O, rows = get_global_size(0) * BLOCK;
-    const long step_i = g.transposed ? g.out_channels * 9 : 9, step_o = g.transposed ? 9 : g.in_channels * 9;
-    const int first = g.transposed ? 8 : 0, step = g.transposed ? -TILE_O : TILE_O;  // of the taps
-    __global float *out = packed + ((long)get_global_id(1) * POINTS * rows + i0) * TILE_O;
-    float w[(9 * BLOCK + VEC) * TILE_O] __attribute__((aligned(64)));  // vectors go beyond the last tap
-    float u[POINTS * TILE_O] __attribute__((aligned(64)));
-    for (int o = 0; o < TILE_O; o += VEC)
-        winograd_load_weights(master + i0 * step_i + (o0 + o) * step_o, w + o, g.in_channels - i0, g.out_channels - o0 - o,
-                              step_i, step_o, g.transposed);
-    for (int i = 0; i < BLOCK; i++) {
-        for (int o = 0; o < TILE_O; o += VEC) winograd_transform_weight(w + (i * 9 + first) * TILE_O + o, step, u + o, TILE_O);
-        for (int point = 0; point < POINTS; point++)
-            UNROLL for (int o = 0; o < TILE_O; o += VEC)
-                STREAMF(*(const vec *)(u + point * TILE_O + o), out + ((long)point * rows + i) * TILE_O + o);
     }
 }

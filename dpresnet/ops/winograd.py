@@ -19,6 +19,8 @@ SEGMENT_TILES = 32  # fewer are not worth the transform of their sums
 LEAST_TILES = 16  # of a batch, which are worth the transforms of the weights
 LEAST_SHARE = 0.35  # of the outputs of all tiles that are needed, for F(4x4, 3x3) to be faster
 LAST_LEVEL_BYTES = 16 * 2**20
+FRESH_TILES = 2  # output tiles of a work-group that transforms weights itself
+FRESH_GROUPS = 2  # groups of tiles at most, whose work-groups transform the same weights
 RESERVE = 32 * 1024  # bytes of local memory that drivers take for themselves
 
 
@@ -128,14 +130,41 @@ def gather_groups(conv: Conv, transposed: bool) -> Geometry:
     tiles at a time. None of it changes the order of any sum.
     """
     edge, lanes = conv.tile_rows("winograd_gather", transposed), conv.tile_channels(transposed)
-    streamed = 4 * int(np.prod(packed_shape(conv, transposed))) > LAST_LEVEL_BYTES
     sizes = conv.sizes("winograd_gather", transposed)
     panel = min(max(1, sizes.panel // lanes), conv.tiles(transposed)) * lanes
     chunk = min(sizes.chunk, blocks_of(conv.ends(transposed)[1]))
-    g = geometry_of(conv, transposed, (2 if streamed else 1) * sizes.tiles * edge, chunk, panel)
+    g = geometry_of(conv, transposed, (2 if streamed(conv, transposed) else 1) * sizes.tiles * edge, chunk, panel)
     while 4 * sum(gather_floats(g)) > conv.local_bytes - RESERVE and g != smaller(g, edge, lanes):
         g = smaller(g, edge, lanes)
     return g
+
+
+def fitting(conv: Conv, transposed: bool) -> Conv:
+    """With sizes for which winograd_gather fits in local memory."""
+    return conv.fitting(lambda c: gather_floats(gather_groups(c, transposed)), RESERVE)
+
+
+def fresh_groups(conv: Conv, transposed: bool) -> Geometry | None:
+    """How `gather` divides the work where each work-group transforms the weights that it reads, and they are not packed.
+
+    None if that is not worth it, or does not fit in local memory. It is where packed weights would come from memory, and few
+    groups of tiles transform the same ones.
+    """
+    conv = fitting(conv, transposed)
+    g, lanes = gather_groups(conv, transposed), conv.tile_channels(transposed)
+    g = replace(g, panel=min(g.panel, FRESH_TILES * lanes))
+    fits = 4 * (sum(gather_floats(g)) + fresh_floats(conv, g, transposed)) <= conv.local_bytes - RESERVE
+    return g if streamed(conv, transposed) and fits and g.tiles <= FRESH_GROUPS * g.group_tiles else None
+
+
+def fresh_floats(conv: Conv, g: Geometry, transposed: bool) -> int:
+    """Floats of the transformed weights of an output tile and a chunk of input blocks."""
+    return POINTS * (g.chunk * BLOCK * conv.tile_channels(transposed) + BLOCK)
+
+
+def streamed(conv: Conv, transposed: bool) -> bool:
+    """Whether packed weights come from memory."""
+    return 4 * int(np.prod(packed_shape(conv, transposed))) > LAST_LEVEL_BYTES
 
 
 def smaller(g: Geometry, edge: int, lanes: int) -> Geometry:
@@ -147,13 +176,16 @@ def smaller(g: Geometry, edge: int, lanes: int) -> Geometry:
 
 def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, transposed: bool,
            z: Tensor | None = None) -> None:  # fmt: skip
-    """Appends a launch of winograd_gather; ``u`` is packed for this direction, ``z`` as in `ops.conv.backward_data`."""
-    conv = conv.fitting(lambda c: gather_floats(gather_groups(c, transposed)), RESERVE)
-    g = gather_groups(conv, transposed)
+    """Appends a launch of winograd_gather; ``u`` is packed for this direction, or the weights themselves, flat, where there are
+    `fresh_groups`; ``z`` as in `ops.conv.backward_data`.
+    """
+    conv, fresh = fitting(conv, transposed), len(u.shape) == 1
+    g = fresh_groups(conv, transposed) if fresh else gather_groups(conv, transposed)
     size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.panel))
-    args = [x, u, y, *([z] if z else []), g.constant(), *(Local(4 * n) for n in gather_floats(g))]
+    memory = [*gather_floats(g), *([fresh_floats(conv, g, transposed)] if fresh else [])]
+    args = [x, u, y, *([z] if z else []), g.constant(), *(Local(4 * n) for n in memory)]
     defines = conv.defines("winograd", transposed) | {"TILE_P": conv.tile_rows("winograd_gather", transposed)}
-    defines |= {"JOIN": 1} if z else {}
+    defines |= ({"JOIN": 1} if z else {}) | ({"FRESH": 1} if fresh else {})
     plan.launch(name, "winograd_gather", size, args, [y], conv.flops, **defines)
 
 

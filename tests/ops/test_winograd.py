@@ -44,14 +44,16 @@ def several_segments(monkeypatch):
     monkeypatch.setattr(winograd, "SEGMENT_TILES", 1)
 
 
-def gathered(bench, shape, source, w, transposed, *joined):
+def gathered(bench, shape, source, w, transposed, *joined, fresh=False):
     """Backward also with another term of the gradient, and z."""
     found = conv_of(bench, shape)
     out, *z = map(bench.image, joined) if joined else [bench.out_image(shape.x if transposed else shape.y)]
-    packed = bench.scratch(winograd.packed_shape(found, transposed))
-    winograd.pack(bench.plan, "pack", found, bench.array(w), packed, transposed)
+    master = u = bench.array(w.ravel())
+    if not fresh:
+        u = bench.scratch(winograd.packed_shape(found, transposed))
+        winograd.pack(bench.plan, "pack", found, master, u, transposed)
     launch = winograd.backward_data if transposed else winograd.forward
-    launch(bench.plan, "conv", found, bench.image(source), packed, out, *z)
+    launch(bench.plan, "conv", found, bench.image(source), u, out, *z)
     bench.run()
     return out
 
@@ -103,6 +105,21 @@ def test_backward_data_joins_another_term(mode, shape):
     dx = gathered(bench, shape, dy, w, True, term, z)
     both = term + reference.conv_backward_data(dy, w, shape.x, *shape.window)
     bench.assert_close(dx, reference.relu_backward(both, z), w[:, 0].size)
+
+
+@each_vector
+@each_shape
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_weights_that_are_not_packed_have_the_same_values(monkeypatch, mode, shape, transposed):
+    monkeypatch.setattr(winograd, "LAST_LEVEL_BYTES", 0)
+    monkeypatch.setattr(winograd, "FRESH_GROUPS", 1000)
+    assert winograd.fresh_groups(conv_of(Bench(mode), shape), transposed)
+    outputs = []
+    for fresh in (False, True):
+        bench = Bench(mode)
+        source, w = bench.draw(*(shape.y if transposed else shape.x)), bench.draw(*shape.w)
+        outputs.append(bench.stored(gathered(bench, shape, source, w, transposed, fresh=fresh)))
+    np.testing.assert_array_equal(*outputs)
 
 
 @each_vector
