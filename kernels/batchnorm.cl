@@ -15,6 +15,8 @@
 // RESIDUAL  0: there is no r. 1: r is added as it is. 2: r is the other branch, normalised with moments of its own (r_...).
 //           backward_reduce then stores g, the masked sum of the terms of dz: it is the gradient of what is added, so dr where
 //           r is a plain tensor, and backward reads it instead of dz.
+// LARGE     1: z or dx does not stay in the caches until it is read, and is stored past them. 0: it may, or takes the place of
+//           what is read.
 // GIVEN     1: dz is that g already, a convolution has joined the terms (JOIN in conv.cl). 0: it is not.
 // DOUBLES   1: merge and sum also write what the host makes of their results for a replica that agrees with nobody else, in double
 //           precision and with the same bits (`Trainer` in dpresnet/trainer.py): that one need not wait for the host. Where
@@ -37,6 +39,14 @@
 #endif
 #ifndef GIVEN
 #define GIVEN 0
+#endif
+#ifndef LARGE
+#define LARGE 0
+#endif
+#if LARGE
+#define RESULT(v, p) STREAM(v, p)
+#else
+#define RESULT(v, p) STORE(v, p)
 #endif
 
 // A work-item handles WIDE neighbouring vectors of each pixel: all of a block on CPUs (a cache line is read once), one lane on
@@ -169,7 +179,7 @@ __kernel void batchnorm_apply(__global const act *restrict x, __global const flo
 #elif RESIDUAL == 2
         v = NORMALISED(LOAD(r + i) - r_mean[k], r_scale[k], v);
 #endif
-        STORE(RELU ? RECTIFIED(v) : v, z + i);
+        RESULT(RELU ? RECTIFIED(v) : v, z + i);
     }
 }
 
@@ -340,7 +350,7 @@ __kernel void batchnorm_backward(__global const act *dz,
         d = MASKED(d, NORMALISED(centred, scale[k], shift[k]));
 #endif
         d -= mean_g[k];
-        STORE((d - centred * slope[k]) * (scale[k] * counts), dx + i);
+        RESULT((d - centred * slope[k]) * (scale[k] * counts), dx + i);
 #if RESIDUAL == 2
         STORE((d - (LOAD(r + i) - r_mean[k]) * r_slope[k]) * (r_scale[k] * counts), dr + i);
 #endif

@@ -114,10 +114,12 @@ vec ROUND_HALF(const vec v)
 typedef half act;
 #define LOAD(p) LOADH(p)
 #define STORE(v, p) STOREH(v, p)
+#define STREAM(v, p) STOREH(v, p)  // half a line
 #else
 typedef float act;
 #define LOAD(p) LOADF(p)
 #define STORE(v, p) STOREF(v, p)
+#define STREAM(v, p) STREAMF(v, p)
 #endif
 
 // ReLU. Signs are read from the bits: as integers, negative numbers are those up to the bits of minus infinity, NaN excluded, so

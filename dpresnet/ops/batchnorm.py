@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpresnet.device import BLOCK
+from dpresnet.device import BLOCK, LAST_LEVEL_BYTES
 from dpresnet.plan import Plan, Tensor
 
 EPS = 1e-5
@@ -77,7 +77,7 @@ def apply(plan: Plan, name: str, first: Affine, residual: Affine | Tensor | None
     elif residual is not None:
         added, kind = [residual], 1
     args = [first.x, first.moments, first.weight, first.bias, *added, z]
-    launch(plan, name, "apply", z, args, [z], RELU=int(relu), RESIDUAL=kind)
+    launch(plan, name, "apply", z, args, [z], RELU=int(relu), RESIDUAL=kind, LARGE=int(z.nbytes > LAST_LEVEL_BYTES))
 
 
 def backward_reduce(plan: Plan, name: str, terms: Sequence[Tensor], affines: Sequence[Affine], relu: bool,
@@ -126,4 +126,5 @@ def backward(plan: Plan, name: str, terms: Sequence[Tensor], affines: Sequence[A
     for other, mean, dr in zip(affines[1:], means[1:], dxs[1:], strict=True):
         args += [other.x, dr, other.moments, mean, other.weight]
     launch(plan, name, "backward", first.x, [*args, control], [*dxs],
-           TERMS=len(terms), RELU=int(relu), RESIDUAL=2 if len(affines) == 2 else 0)  # fmt: skip
+           TERMS=len(terms), RELU=int(relu), RESIDUAL=2 if len(affines) == 2 else 0,
+           LARGE=int(dxs[0].nbytes > LAST_LEVEL_BYTES and dxs[0] not in terms))  # fmt: skip

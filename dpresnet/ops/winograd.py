@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dpresnet.convolution import Conv, Struct
-from dpresnet.device import BLOCK
+from dpresnet.device import BLOCK, LAST_LEVEL_BYTES
 from dpresnet.plan import Local, Plan, Tensor, blocks_of
 
 EDGE, OUT = 6, 4  # rows and columns of a transformed tile, and of its outputs
@@ -18,7 +18,6 @@ MOST_SEGMENTS = 32  # see winograd_reduce
 SEGMENT_TILES = 32  # fewer are not worth the transform of their sums
 LEAST_TILES = 16  # of a batch, which are worth the transforms of the weights
 LEAST_SHARE = 0.35  # of the outputs of all tiles that are needed, for F(4x4, 3x3) to be faster
-LAST_LEVEL_BYTES = 16 * 2**20
 FRESH_TILES = 2  # output tiles of a work-group that transforms weights itself
 FRESH_GROUPS = 2  # groups of tiles at most, whose work-groups transform the same weights
 RESERVE = 32 * 1024  # bytes of local memory that drivers take for themselves

@@ -290,6 +290,27 @@ def test_backward(mode, shape, valid, relu, branches, count):
 
 
 @each_mode
+@each_shape
+def test_large_results_are_stored_past_the_caches_with_the_same_bits(monkeypatch, mode, shape):
+    """Unless they take the place of what is read."""
+
+    def results() -> tuple[list[np.ndarray], list[int]]:
+        bench = Bench(mode)
+        branch, z, dx = Branch.draw(bench, shape).on(bench), bench.out_image(shape), bench.out_image(shape)
+        mean, control, dz = bench.rows(bench.draw(2, shape[1])), bench.control(valid=shape[0]), bench.image(bench.draw(*shape))
+        ops.apply(bench.plan, "bn", branch, None, True, z)
+        ops.backward(bench.plan, "bn", [dz], [branch], True, [mean], control, [dx])
+        ops.backward(bench.plan, "bn", [dz], [branch], True, [mean], control, [dz])
+        bench.run()
+        return [bench.stored(tensor) for tensor in (z, dx, dz)], [dict(entry.defines)["LARGE"] for entry in bench.plan.entries]
+
+    (usual, small), _ = results(), monkeypatch.setattr(ops, "LAST_LEVEL_BYTES", 0)
+    past, large = results()
+    assert (small, large) == ([0, 0, 0], [1, 1, 0])
+    np.testing.assert_array_equal(past, usual)
+
+
+@each_mode
 def test_stages_in_a_row(mode):
     """Statistics, forward and backward, each fed with what the one before left, as the host hands it on."""
     first, valid = Bench(mode), 3
