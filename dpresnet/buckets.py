@@ -1,20 +1,25 @@
-"""The sum of the replicas' gradients, bucket by bucket while backward goes on, in one fixed tree.
+"""The sum of the replicas' gradients, bucket by bucket while backward goes on.
 
-A rank that owns several replicas first sums those that form nodes of the tree (``tree.maximal_nodes``; one node where
-replicas and ranks are powers of two). Each of these node sums is cut into one segment per rank, and the segments are
-exchanged (all-to-all): every rank then holds all the parts of its own segment, completes the tree there, and hands the
-result to everybody (all-gather). That moves no more data than an ordinary all-reduce, and it gives the same bits for
-every number of ranks, because the tree depends on the number of replicas alone.
+`TreeAllreduce` adds in one fixed tree. A rank that owns several replicas first sums those that form nodes of the tree
+(``tree.maximal_nodes``; one node where replicas and ranks are powers of two). Each of these node sums is cut into one
+segment per rank, and the segments are exchanged (all-to-all): every rank then holds all the parts of its own segment,
+completes the tree there, and hands the result to everybody (all-gather). That moves no more data than an ordinary
+all-reduce, and it gives the same bits for every number of ranks, because the tree depends on the number of replicas alone.
+
+`MpiAllreduce` leaves the sum over ranks, and its order, to the MPI library.
 
 MPI makes no progress on its own: whoever is busy elsewhere calls ``progress()`` now and then.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from dpresnet import tree
 from dpresnet.comm import Comm
+from dpresnet.wire import WIRES, Wire
 
 # Each poll moves one small piece of the data (under MPICH on one node). So progress() polls several times, and wait() does
 # not nap between polls, which would throttle the exchange to a twentieth of its speed, unless the others are late.
@@ -42,55 +47,44 @@ def plan_buckets(sizes: Sequence[int], first_mb: float, cap_mb: float) -> list[r
     return buckets
 
 
-def segments(n: int, ranks: int) -> list[int]:
-    """The lengths of the ``ranks`` contiguous segments of ``n`` elements: they differ by one at most, and may be 0."""
-    return [n * (r + 1) // ranks - n * r // ranks for r in range(ranks)]
+def segments(n: int, ranks: int, unit: int = 1) -> list[int]:
+    """The lengths of the ``ranks`` contiguous segments of ``n`` elements, multiples of ``unit`` as ``n`` is: they differ by
+    one unit at most, and may be 0.
+    """
+    units = n // unit
+    return [(units * (r + 1) // ranks - units * r // ranks) * unit for r in range(ranks)]
 
 
 def _add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.add(left, right, out=left)
 
 
-class _Bucket:
-    """The fixed facts of one bucket on this rank: who sends which node, and where its segments arrive.
-
-    The j-th nodes of all ranks are exchanged together; a rank with fewer nodes sends nothing in the later rounds.
-    """
-
-    def __init__(self, n: int, rank: int, nodes: list[list[Node]]) -> None:
-        self.n = n
-        self.segments = segments(n, len(nodes))
-        mine = self.segments[rank]
-        self.rounds: list[tuple[np.ndarray, list[int]]] = []
-        self.parts: dict[Node, np.ndarray] = {}  # of this rank's segment, in place in the receive buffers
-        for j in range(max(map(len, nodes))):
-            counts = [mine if len(of) > j else 0 for of in nodes]
-            received = np.empty(sum(counts), np.float32)
-            senders = [of[j] for of in nodes if len(of) > j]
-            self.rounds.append((received, counts))
-            self.parts.update(zip(senders, received.reshape(len(senders), mine), strict=True))
+def _cut(a: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """Neighbouring parts of these lengths."""
+    bounds = np.cumsum([0, *lengths]).tolist()
+    return [a[begin:end] for begin, end in pairwise(bounds)]
 
 
-class TreeAllreduce:
+class Allreduce(ABC):
     """Sums float32 gradients over ``replicas``, of which each of ``comm.size`` ranks owns an equal, contiguous range.
 
     ``buckets``: the slices of the gradient arena, in elements, the same on all ranks. Once per step each bucket is
-    started; in between ``progress()``; at the end ``wait()``. The sums are those of ``tree.fold``, bit for bit, for any
-    number of ranks that divides ``replicas``.
+    started; in between ``progress()``; at the end ``wait()``.
     """
 
     def __init__(self, comm: Comm, replicas: int, buckets: Sequence[slice]) -> None:
         if replicas % comm.size:
             raise ValueError(f"{replicas} replicas cannot be divided among {comm.size} ranks")
-        self._comm = comm
-        self._replicas = replicas
-        local = replicas // comm.size
-        self._own = range(comm.rank * local, (comm.rank + 1) * local)
-        nodes = [tree.maximal_nodes(replicas, r * local, (r + 1) * local) for r in range(comm.size)]
-        self._nodes = nodes[comm.rank]
-        exchanged = nodes if comm.size > 1 else [[]]  # one rank has every sum already
-        self._buckets = [_Bucket(b.stop - b.start, comm.rank, exchanged) for b in buckets]
+        self._comm, self._replicas = comm, replicas
+        self._local = replicas // comm.size
+        self._own = range(comm.rank * self._local, (comm.rank + 1) * self._local)
+        self._nodes = tree.maximal_nodes(replicas, self._own.start, self._own.stop)
+        self._lengths = [bucket.stop - bucket.start for bucket in buckets]
         self._forget()
+
+    @abstractmethod
+    def _reduce(self, k: int, leaves: list[np.ndarray], out: np.ndarray) -> Iterator[None]:
+        """The life of one bucket; each ``yield`` gives the core back where it would have to wait."""
 
     def _forget(self) -> None:
         self._waiting: dict[int, Iterator[None]] = {}  # started, but an earlier bucket is not
@@ -143,39 +137,102 @@ class TreeAllreduce:
             raise RuntimeError(f"bucket {k} was started twice without wait() in between")
         if len(leaves) != len(self._own):
             raise ValueError(f"bucket {k} got {len(leaves)} leaves for the {len(self._own)} replicas of this rank")
-        shape = (self._buckets[k].n,)
+        shape = (self._lengths[k],)
         for a in (*leaves, out):
             if a.dtype != np.float32 or a.shape != shape or not a.flags.c_contiguous:
                 raise ValueError(f"bucket {k} takes contiguous float32 of shape {shape}, not {a.dtype} {a.shape}")
-
-    def _reduce(self, k: int, leaves: list[np.ndarray], out: np.ndarray) -> Iterator[None]:
-        """The life of one bucket; each ``yield`` gives the core back where it would have to wait."""
-        sums = [self._partial_sum(node, leaves) for node in self._nodes]
-        if self._comm.size == 1:
-            if not np.may_share_memory(out, sums[0]):
-                out[:] = sums[0]
-            return
-        bucket = self._buckets[k]
-        requests = self._exchange(k, sums)
-        # The all-gathers of several buckets share a communicator, so they too have to start in the order of the plan.
-        while not (all([r.test() for r in requests]) and self._spread == k):  # a list: each request is to be tested
-            yield
-        total = tree.fold(0, self._replicas, lambda lo, hi: bucket.parts.get((lo, hi)), _add)
-        request = self._comm.start_allgather(total, out, bucket.segments, f"the sum of bucket {k}")
-        self._spread += 1
-        while not request.test():
-            yield
 
     def _partial_sum(self, node: Node, leaves: list[np.ndarray]) -> np.ndarray:
         """The sum of the replicas of ``node``, in place in the first one's leaf."""
         first = self._own.start
         return tree.fold(*node, lambda lo, hi: leaves[lo - first] if hi - lo == 1 else None, _add)
 
+
+class MpiAllreduce(Allreduce):
+    """The sums of this rank's replicas in the order of the tree, of the ranks in whatever order the MPI library has: the bits
+    depend on it, on the number of ranks, and perhaps on where they run.
+    """
+
+    def _reduce(self, k: int, leaves: list[np.ndarray], out: np.ndarray) -> Iterator[None]:
+        first, *others = (self._partial_sum(node, leaves) for node in self._nodes)
+        for other in others:
+            _add(first, other)
+        if not np.may_share_memory(out, first):
+            out[:] = first
+        if self._comm.size > 1:
+            request = self._comm.start_allreduce(out, f"bucket {k}")
+            while not request.test():
+                yield
+
+
+class _Round:
+    """What the ranks exchange at the same time: the j-th node of each, or nothing where a rank has fewer.
+
+    A single replica's contribution travels in the wire's format, a sum in fp32, so that nothing is rounded twice.
+    """
+
+    def __init__(self, j: int, rank: int, nodes: list[list[Node]], lengths: list[int], wire: Wire) -> None:
+        self._nodes = [of[j] if len(of) > j else None for of in nodes]
+        self._formats = [wire if node and node[1] - node[0] == 1 else WIRES["fp32"] for node in self._nodes]
+        self.format = self._formats[rank]
+        self.send_counts = [self.format.nbytes(n) if self._nodes[rank] else 0 for n in lengths]
+        self.counts = [of.nbytes(lengths[rank]) if node else 0 for node, of in zip(self._nodes, self._formats, strict=True)]
+        self.received = np.empty(sum(self.counts), np.uint8)
+
+    def parts(self) -> dict[Node, np.ndarray]:
+        """This rank's segment of each node, once all have arrived."""
+        messages = zip(self._nodes, self._formats, _cut(self.received, self.counts), strict=True)
+        return {node: of.decode(message) for node, of, message in messages if node}
+
+
+class TreeAllreduce(Allreduce):
+    """The sums are those of ``tree.fold``, bit for bit, for any number of ranks that divides ``replicas``. With a ``wire`` of
+    16 bits each replica's contribution is rounded, and the sum: see `dpresnet.wire`.
+    """
+
+    def __init__(self, comm: Comm, replicas: int, buckets: Sequence[slice], wire: Wire = WIRES["fp32"]) -> None:
+        super().__init__(comm, replicas, buckets)
+        self._wire = wire
+        if odd := [n for n in self._lengths if n % wire.unit]:
+            raise ValueError(f"a bucket of {odd[0]} values cannot travel as {wire.name}: use multiples of {wire.unit}")
+        nodes = [tree.maximal_nodes(replicas, r * self._local, (r + 1) * self._local) for r in range(comm.size)]
+        self._segments = [segments(n, comm.size, wire.unit) for n in self._lengths]
+        most = max(map(len, nodes)) if comm.size > 1 else 0  # one rank has every sum already
+        self._rounds = [[_Round(j, comm.rank, nodes, lengths, wire) for j in range(most)] for lengths in self._segments]
+
+    def _reduce(self, k: int, leaves: list[np.ndarray], out: np.ndarray) -> Iterator[None]:
+        for leaf in leaves if self._comm.size == 1 or len(leaves) > 1 else ():  # others are rounded on their way
+            self._wire.round(leaf)
+        sums = [self._partial_sum(node, leaves) for node in self._nodes]
+        if self._comm.size == 1:
+            self._wire.round(sums[0])
+            if not np.may_share_memory(out, sums[0]):
+                out[:] = sums[0]
+            return
+        requests = self._exchange(k, sums)
+        # The all-gathers of several buckets share a communicator, so they too have to start in the order of the plan.
+        while not (all([r.test() for r in requests]) and self._spread == k):  # a list: each request is to be tested
+            yield
+        parts = {node: part for of in self._rounds[k] for node, part in of.parts().items()}
+        total = tree.fold(0, self._replicas, lambda lo, hi: parts.get((lo, hi)), _add)
+        message, received = self._wire.encode(total), self._wire.room(out)
+        counts = [self._wire.nbytes(n) for n in self._segments[k]]
+        request = self._comm.start_allgather(message, received, counts, f"the sum of bucket {k}")
+        self._spread += 1
+        while not request.test():
+            yield
+        self._wire.decode(received, out)
+
     def _exchange(self, k: int, sums: list[np.ndarray]) -> list:
-        bucket, what = self._buckets[k], f"the parts of bucket {k}"
-        nothing = np.empty(0, np.float32), [0] * self._comm.size
-        requests = []
-        for j, (received, counts) in enumerate(bucket.rounds):
-            send, send_counts = (sums[j], bucket.segments) if j < len(sums) else nothing
-            requests.append(self._comm.start_alltoall(send, send_counts, received, counts, what))
+        """Starts giving every rank its segments of this rank's sums; the messages stay alive with the requests."""
+        nothing, requests = np.empty(0, np.uint8), []
+        for j, of in enumerate(self._rounds[k]):
+            message = of.format.encode(sums[j]) if j < len(sums) else nothing
+            arrays = message, of.send_counts, of.received, of.counts
+            requests.append(self._comm.start_alltoall(*arrays, f"the parts of bucket {k}"))
         return requests
+
+
+def allreduce(comm: Comm, replicas: int, buckets: Sequence[slice], reduce: str = "tree", wire: str = "fp32") -> Allreduce:
+    """By the names of ``--reduce`` and ``--wire``."""
+    return MpiAllreduce(comm, replicas, buckets) if reduce == "mpi" else TreeAllreduce(comm, replicas, buckets, WIRES[wire])

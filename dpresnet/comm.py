@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dpresnet.errors import Late, Refused
-from dpresnet.events import GAVE_UP, Event, Note, Ring, describe, missing, read
+from dpresnet.events import GAVE_UP, Event, Note, Ring, Traffic, describe, missing, read
 
 JOIN_LIMIT_S = 300.0  # all ranks have entered MPI_Init by then, or one never will
 DELIVERY_S = 0.3  # what a rank prints before an abort reaches the launcher in this time, if at all
@@ -110,7 +110,8 @@ class Solo:
     """One process: every collective is the identity."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
-    timeout, waited_s = 0.0, 0.0
+    timeout = 0.0
+    traffic = Traffic()
 
     def __init__(self) -> None:
         self.events = Ring()
@@ -151,6 +152,9 @@ class Solo:
         recv[:] = send
         return Done()
 
+    def start_allreduce(self, values: np.ndarray, what: str = "") -> "Done":
+        return Done()
+
     def farewell(self, word: bytes, patience: float) -> list[bytes] | None:
         return [word]
 
@@ -169,7 +173,7 @@ class Done:
 
 
 class Request:
-    """A started operation. Its arrays must stay alive and untouched until ``test`` has said True."""
+    """A started operation. Its arrays must stay untouched until ``test`` has said True."""
 
     def __init__(self, request: Any, world: "World", note: Note) -> None:
         self._request, self._world, self._note = request, world, note
@@ -180,7 +184,7 @@ class Request:
             with self._world.lock:
                 self._done = self._request.Test()
             if self._done:
-                self._world.events.end(self._note)
+                self._world.ended(self._note)
         return self._done
 
     def wait(self) -> None:
@@ -195,14 +199,15 @@ class World:
     initialised with MPI_THREAD_SERIALIZED, and ``abort`` may come from another thread.
 
     ``timeout``: a rank that waits longer, in seconds, says for what and for whom, and fails; 0: it waits for ever.
-    ``waited_s``: seconds that it has waited for others in all.
     """
 
     def __init__(self, launch: Launch) -> None:
         mpi = _join(launch)
         self._mpi = mpi
         self.lock = threading.Lock()
-        self.events, self.timeout, self.waited_s, self._folder = Ring(), 0.0, 0.0, None
+        self.events, self.timeout, self._folder = Ring(), 0.0, None
+        self._sent_bytes, self._active_s, self._waited_s = 0, 0.0, 0.0
+        self._under_way, self._since = 0, 0.0  # operations, and since when there are any
         self._comm, self._alltoall, self._allgather, self._exit = (mpi.COMM_WORLD.Dup() for _ in range(4))
         self._node = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
         self.rank, self.size = self._comm.rank, self._comm.size
@@ -212,8 +217,23 @@ class World:
 
     def _start(self, channel: str, operation: Callable[..., Any], *arguments: Any, nbytes: int = 0, what: str = "") -> Request:
         note = self.events.begin(channel, nbytes, what)
+        if not self._under_way:
+            self._since = time.perf_counter()
+        self._under_way += 1
         with self.lock:
             return Request(operation(*arguments), self, note)
+
+    def ended(self, note: Note) -> None:
+        """An operation is done."""
+        self.events.end(note)
+        self._under_way -= 1
+        if not self._under_way:
+            self._active_s += time.perf_counter() - self._since
+
+    @property
+    def traffic(self) -> Traffic:
+        """Up to now; of operations under way only what they send."""
+        return Traffic(self._sent_bytes, self._active_s, self._waited_s)
 
     def keep_events(self, folder: Path) -> None:
         """What this rank says to others is noted in a file of ``folder`` from now on, see `dpresnet.events`."""
@@ -222,10 +242,10 @@ class World:
             self._folder = folder
 
     def wait_until(self, done: Callable[[], bool], spin: float = SPIN_S) -> None:
-        """`wait_until`, for other ranks: not longer than the time limit, and counted in ``waited_s``."""
+        """`wait_until`, for other ranks: not longer than the time limit, and counted in ``traffic``."""
         began = time.perf_counter()
         wait_until(done, spin, self.late)
-        self.waited_s += time.perf_counter() - began
+        self._waited_s += time.perf_counter() - began
 
     def late(self, seconds: float) -> None:
         """To be called while waiting: raises Late beyond the time limit, after the stacks of all threads."""
@@ -255,6 +275,7 @@ class World:
         """``a`` (same shape and dtype on all ranks) of every rank, as [size, *a.shape]."""
         a = np.asarray(a, order="C")
         out = np.empty((self.size, *a.shape), a.dtype)
+        self._sent_bytes += a.nbytes * (self.size - 1)
         self._start("exchange", self._comm.Iallgather, a, out, nbytes=a.nbytes).wait()
         return out
 
@@ -293,16 +314,22 @@ class World:
     def start_alltoall(
         self, send: np.ndarray, send_counts: Sequence[int], recv: np.ndarray, recv_counts: Sequence[int], what: str = ""
     ) -> Request:
-        """Start giving ``send_counts[r]`` float32 of ``send`` to rank r and taking ``recv_counts[r]`` into ``recv``."""
-        float32 = self._mpi.FLOAT
-        arrays = [send, send_counts, float32], [recv, recv_counts, float32]
+        """Start giving ``send_counts[r]`` bytes of ``send`` (uint8) to rank r and taking ``recv_counts[r]`` into ``recv``."""
+        self._sent_bytes += send.nbytes - send_counts[self.rank]
+        arrays = [send, send_counts, self._mpi.BYTE], [recv, recv_counts, self._mpi.BYTE]
         return self._start("alltoall", self._alltoall.Ialltoallv, *arrays, nbytes=send.nbytes, what=what)
 
     def start_allgather(self, send: np.ndarray, recv: np.ndarray, recv_counts: Sequence[int], what: str = "") -> Request:
-        """Start joining the float32 ``send`` of all ranks, ``recv_counts[r]`` numbers from rank r, in ``recv``."""
-        float32 = self._mpi.FLOAT
-        arrays = [send, float32], [recv, recv_counts, float32]
+        """Start joining the bytes ``send`` of all ranks, ``recv_counts[r]`` from rank r, in ``recv`` (both uint8)."""
+        self._sent_bytes += send.nbytes * (self.size - 1)
+        arrays = [send, self._mpi.BYTE], [recv, recv_counts, self._mpi.BYTE]
         return self._start("allgather", self._allgather.Iallgatherv, *arrays, nbytes=send.nbytes, what=what)
+
+    def start_allreduce(self, values: np.ndarray, what: str = "") -> Request:
+        """Start adding the float32 ``values`` of all ranks, in place, in an order that the MPI library chooses."""
+        self._sent_bytes += 2 * values.nbytes * (self.size - 1) // self.size
+        arguments = self._mpi.IN_PLACE, values, self._mpi.SUM
+        return self._start("allreduce", self._allgather.Iallreduce, *arguments, nbytes=values.nbytes, what=what)
 
     def farewell(self, word: bytes, patience: float) -> list[bytes] | None:
         """The words (of equal length) of all ranks, or None if not all say one within ``patience`` seconds."""

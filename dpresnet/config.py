@@ -86,6 +86,10 @@ class Config:
     weight_decay: float = _flag(5e-4, "optimisation", "L2 penalty, added to the gradient", least=0.0)
     label_smoothing: float = _flag(0.1, "optimisation", "target share given to all classes", least=0.0, below=1.0)
 
+    reduce: str = _flag("tree", "parallel", "how gradients are summed: in one tree over the replicas, with the same bits on "
+                        "any ranks, or in an order of the MPI library's", choices=("tree", "mpi"))
+    wire: str = _flag("fp32", "parallel", "how gradients travel; with 16 bits each replica's are rounded once, and their sum "
+                      "once more", choices=("fp32", "fp16", "bf16"))
     bucket_mb: float = _flag(25.0, "parallel", "gradient bytes that are reduced at once, in MiB", above=0.0)
     first_bucket_mb: float = _flag(1.0, "parallel", "the same for the first bucket, small to start early", above=0.0)
     check_every: int = _flag(100, "parallel", "steps between comparisons of the parameters that the ranks hold, besides those "
@@ -221,6 +225,8 @@ def validate(cfg: Config) -> None:
     _check_dataset(cfg)
     _check_model(cfg)
     _check_statistics(cfg)
+    if cfg.reduce == "mpi" and cfg.wire != "fp32":
+        _refuse(cfg, "wire", "needs --reduce tree: the MPI library adds fp32 numbers only")
     if cfg.warmup_epochs > cfg.epochs:
         _refuse(cfg, "warmup_epochs", f"is longer than the run of --epochs {cfg.epochs}: shorten it or raise --epochs")
 

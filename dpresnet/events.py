@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,26 @@ BLOCKING = ("exchange", "node")  # channels on which a rank does nothing else me
 FAREWELL, GAVE_UP = "farewell", "timeout"  # channels of ranks that end: nobody waits there for work to go on
 
 Note = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a rank has had to do with others: bytes sent for steps, as far as an MPI library sends no more than it has to;
+    seconds in which any operation was under way; seconds in which it did nothing but wait for one.
+    """
+
+    sent_bytes: int = 0
+    active_s: float = 0.0
+    waited_s: float = 0.0
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        pairs = zip(astuple(self), astuple(earlier), strict=True)
+        return Traffic(*(now - before for now, before in pairs))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """As the lines of metrics.jsonl tell it: MB (10^6 bytes) and ms."""
+        return {"sent_mb": self.sent_bytes / 1e6, "comm_ms": 1e3 * self.active_s, "exposed_ms": 1e3 * self.waited_s}
 
 
 class Ring:

@@ -186,19 +186,20 @@ class Session:
         cfg, progress = self.cfg, self.progress
         lr, scale = self.course.lr, self.trainer.scaler.scale
         recorded = Trail() if cfg.record_every and (progress.step + 1) % cfg.record_every == 0 else None
-        self.comm.events.step, waited_s = progress.step + 1, self.comm.waited_s
+        self.comm.events.step, before = progress.step + 1, self.comm.traffic
         outcome = self.course.step(epoch, micro_batches, stop.requested, recorded)
         if recorded:
             self._leave_trail(recorded)
         seconds = time.monotonic() - began
         self.train_s += seconds
-        self.busy_s += seconds - (self.comm.waited_s - waited_s)
+        traffic = self.comm.traffic - before
+        self.busy_s += seconds - traffic.waited_s
         self.longest.append(seconds)
         self._wait_at_most(cfg.timeout, LONGEST_STEPS * max(self.longest))
         self.trained += outcome.count
         self.reporter.step(progress.step, epoch, progress.samples, outcome.loss / outcome.count, lr, scale,
                            self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds,
-                           **self.slowest)  # fmt: skip
+                           **self.slowest, **(traffic.metrics if self.comm.size > 1 else {}))  # fmt: skip
         self.slowest = {}
         if outcome.culprit:
             self.reporter.note(f"step {progress.step} skipped: {outcome.culprit}")

@@ -16,7 +16,7 @@ import numpy as np
 import pyopencl as cl
 
 from dpresnet.amp import LossScaler
-from dpresnet.buckets import TreeAllreduce, plan_buckets
+from dpresnet.buckets import allreduce, plan_buckets
 from dpresnet.comm import Comm
 from dpresnet.errors import GaveUp
 from dpresnet.exchange import TreeExchange, add, merge_moments
@@ -58,11 +58,13 @@ class Outcome:
 class Trainer:
     """``replicas`` replicas of a model over the ranks of ``comm``; each rank owns an equal, contiguous range.
 
-    ``group`` neighbouring replicas (a divisor; 0: all of them) normalise with common statistics.
+    ``group`` neighbouring replicas (a divisor; 0: all of them) normalise with common statistics. ``reduce`` and ``wire`` as in
+    `dpresnet.buckets.allreduce`.
     """
 
     def __init__(self, model: Model, comm: Comm, replicas: int, *, group: int = 0, scaler: LossScaler | None = None,
-                 first_bucket_mb: float = 1.0, bucket_mb: float = 25.0, check: bool = False):  # fmt: skip
+                 first_bucket_mb: float = 1.0, bucket_mb: float = 25.0, reduce: str = "tree", wire: str = "fp32",
+                 check: bool = False):  # fmt: skip
         self.model, self.comm, self.check = model, comm, check
         group = group or replicas
         self.scaler = scaler or (LossScaler() if model.precision == "fp16" else LossScaler.disabled())
@@ -73,7 +75,7 @@ class Trainer:
         ranges = plan_buckets(sizes, first_bucket_mb, bucket_mb)
         model.set_buckets(ranges)
         self.buckets = [model.gradient_slice(bucket) for bucket in ranges]
-        self._reduce = TreeAllreduce(comm, replicas, self.buckets)
+        self._reduce = allreduce(comm, replicas, self.buckets, reduce, wire)
         self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own))
         self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
         self._first_bad: NonFinite | None = None

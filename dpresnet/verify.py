@@ -185,6 +185,8 @@ def parser() -> argparse.ArgumentParser:
 def run_program(args: argparse.Namespace) -> str:
     """Repeats and compares; says what was the same."""
     run = read_run(args.run)
+    if run.cfg.reduce == "mpi":
+        raise Refused(f"{args.run}: --reduce mpi added in an order of the MPI library's, only --reduce tree can be repeated")
     device = run.cfg.device if args.device is None else args.device
     run = replace(run, cfg=replace(run.cfg, device=device, threads=args.threads, debug=False))
     if args.start and args.start not in run.checkpoints:

@@ -17,7 +17,8 @@ OTHER = {
     "accumulate": 3, "bn": "group:3", "precision": "fp32", "epochs": 3, "steps": 17, "seed": 2**32 - 1, "lr": 0.125,
     "schedule": "step",
     "warmup_epochs": 0.5, "momentum": 0.0, "nesterov": False, "weight_decay": 1e-4, "label_smoothing": 0.2,
-    "bucket_mb": 4.5, "first_bucket_mb": 0.25, "check_every": 7, "timeout": 12.5, "out": "some/where", "resume": "auto",
+    "reduce": "mpi", "wire": "bf16", "bucket_mb": 4.5, "first_bucket_mb": 0.25, "check_every": 7, "timeout": 12.5,
+    "out": "some/where", "resume": "auto",
     "save_every_epochs": 0,
     "save_every_steps": 100, "keep": 1, "record_every": 5, "device": "pocl", "threads": 2, "debug": True, "dry_run": True,
 }
@@ -62,8 +63,13 @@ def test_no_flags_give_the_defaults_and_the_defaults_are_valid():
     assert parse([]) == Config()
 
 
+def test_the_mpi_library_adds_fp32_only():
+    assert refusal("--reduce", "mpi", "--wire", "bf16") == (
+        "--wire 'bf16' needs --reduce tree: the MPI library adds fp32 numbers only")
+
+
 def test_all_flags_together_also_joined_by_an_equals_sign():
-    values = OTHER | {"dataset": "synthetic"}
+    values = OTHER | {"dataset": "synthetic", "reduce": "tree"}
     spaced = parse([word for name, value in values.items() for word in argument(name, value)])
     joined = parse(["=".join(argument(name, value)) for name, value in values.items()])
     assert spaced == joined == Config(**values)
@@ -198,7 +204,7 @@ def test_refused_carries_the_exit_code_of_a_bad_configuration():
 
 
 def test_json_round_trip_of_every_field():
-    cfg = Config(**OTHER)
+    cfg = Config(**OTHER | {"reduce": "tree"})
     assert from_json(to_json(cfg)) == cfg
     assert list(to_json(cfg)) == [spec.name for spec in fields(Config)]
 

@@ -16,7 +16,7 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 
 # A module may import modules of lower layers only.
 LAYERS = [
-    ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "bench.torch_resnet"],
+    ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags"],
@@ -34,7 +34,7 @@ LAYERS = [
     ["bench.layers", "bench.ops", "bench.picture"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune"],
 ]
-ALONE = ["errors", "reference", "shape", "tree", "tiles", "pocl", "bench.torch_resnet"]
+ALONE = ["errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
                "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]

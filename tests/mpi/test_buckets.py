@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpresnet.buckets import TreeAllreduce, plan_buckets, segments
+from dpresnet.buckets import TreeAllreduce, allreduce, plan_buckets, segments
 from dpresnet.comm import Solo
 from tests.launching import mpirun, python
 
@@ -15,18 +15,33 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize(
-    ("replicas", "ranks"),
-    [(4, (1, 2, 4)), (6, (1, 2, 3)), (12, (2, 3, 4)), (5, (1, 5))],
-)
-def test_same_bits_for_every_number_of_ranks(replicas, ranks):
+    ("wire", "replicas", "ranks"),
+    [
+        ("fp32", 4, (1, 2, 4)), ("fp32", 6, (1, 2, 3)), ("fp32", 12, (2, 3, 4)), ("fp32", 5, (1, 5)),
+        ("fp16", 4, (2, 4)), ("bf16", 4, (2, 4)), ("fp16", 6, (2, 3)),
+    ],
+)  # fmt: skip
+def test_same_bits_for_every_number_of_ranks(wire, replicas, ranks):
     """Each worker compares itself with the fold over all replicas; here the digests of all jobs are compared."""
-    alone = python([WORKER, replicas, 7])
+    alone = python([WORKER, replicas, 7, "tree", wire])
     assert alone.returncode == 0, alone.stderr
     digest = alone.stdout.split()[1]
     for n in ranks:
-        job = mpirun(n, [WORKER, replicas, 7])
+        job = mpirun(n, [WORKER, replicas, 7, "tree", wire])
         assert job.returncode == 0, job.stderr
         assert job.stdout.split() == [str(n), digest]
+
+
+@pytest.mark.parametrize(("replicas", "ranks"), [(4, 4), (6, 2)])
+def test_sums_of_the_mpi_library(replicas, ranks):
+    """Within rounding of the tree, and the same bits on all ranks."""
+    job = mpirun(ranks, [WORKER, replicas, 7, "mpi", "fp32"])
+    assert job.returncode == 0, job.stderr
+
+
+def test_buckets_that_a_wire_cannot_carry_are_named():
+    with pytest.raises(ValueError, match="a bucket of 130 values cannot travel as fp16: use multiples of 128"):
+        allreduce(Solo(), 1, [slice(0, 256), slice(256, 386)], "tree", "fp16")
 
 
 def solo(sizes, replicas=1):
@@ -79,11 +94,12 @@ def test_indivisible_replicas_are_named():
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))
-@pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 1000])
-def test_segments_cover_the_bucket_evenly(n, ranks):
-    lengths = segments(n, ranks)
+@pytest.mark.parametrize(("n", "unit"), [(0, 1), (1, 1), (2, 1), (7, 1), (8, 1), (1000, 1), (128, 128), (1280, 128)])
+def test_segments_cover_the_bucket_evenly(n, unit, ranks):
+    lengths = segments(n, ranks, unit)
     assert len(lengths) == ranks and sum(lengths) == n
-    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) - min(lengths) <= unit
+    assert all(length % unit == 0 for length in lengths)
 
 
 @pytest.mark.parametrize(

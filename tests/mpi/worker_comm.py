@@ -38,28 +38,43 @@ rows = comm.gather(message)
 assert [r["rank"] for r in rows] == list(range(P))
 assert all(r["array"].size == 1000 * (i + 1) and r["text"] == "x" * i for i, r in enumerate(rows))
 
-# Rank s hands s + 2 d elements to rank d, and nothing at all where s == d.
-count = [[0 if s == d else s + 2 * d for d in range(P)] for s in range(P)]
-send = np.concatenate([np.full(count[me][d], 100 * me + d, np.float32) for d in range(P)])
-want = np.concatenate([np.full(count[s][me], 100 * s + me, np.float32) for s in range(P)])
-recv = np.full(want.size, -1, np.float32)
-joined = np.full(sum(range(P)), -1, np.float32)
+# Rank s hands 1 + s + 2 d bytes to rank d, and nothing at all to the next rank.
+count = [[0 if (s + 1) % P == d else 1 + s + 2 * d for d in range(P)] for s in range(P)]
+send = np.concatenate([np.full(count[me][d], 50 * me + d, np.uint8) for d in range(P)])
+want = np.concatenate([np.full(count[s][me], 50 * s + me, np.uint8) for s in range(P)])
+recv = np.full(want.size, 255, np.uint8)
+joined = np.full(sum(range(P)), 255, np.uint8)
+added = np.arange(1000, dtype=np.float32) * (me + 1)
+before = comm.traffic
 operations = [
     lambda: comm.start_alltoall(send, count[me], recv, [count[s][me] for s in range(P)]),
-    lambda: comm.start_allgather(np.full(me, me, np.float32), joined, list(range(P))),
+    lambda: comm.start_allgather(np.full(me, me, np.uint8), joined, list(range(P))),
+    lambda: comm.start_allreduce(added),
 ]
-requests = [start() for start in (operations[::-1] if me % 2 else operations)]  # operations of two kinds in any order
-same(comm.allgather(np.array(me)), np.arange(P))  # and a third kind goes past them
+order = [0, 1, 2] if me % 2 else [1, 2, 0]  # operations of two communicators in any order
+requests = [operations[i]() for i in order]
+same(comm.allgather(np.array(me)), np.arange(P))  # and a third communicator goes past them
 for request in requests:
     request.wait()
     assert request.test()
 same(recv, want)
-same(joined, np.repeat(np.arange(P, dtype=np.float32), range(P)))
+same(joined, np.repeat(np.arange(P, dtype=np.uint8), range(P)))
+same(added, np.arange(1000, dtype=np.float32) * sum(range(1, P + 1)))
+others = P - 1
+sent = send.size - count[me][me] + me * others + 2 * 4000 * others // P + np.array(me).nbytes * others
+assert (comm.traffic - before).sent_bytes == sent, (comm.traffic, sent)
 
-started = time.monotonic()
+started, before = time.monotonic(), comm.traffic
 time.sleep(0.3 if me == P - 1 else 0)
+beside = comm.start_allreduce(added)
 comm.barrier()
+beside.wait()
 assert time.monotonic() - started > 0.25 or P == 1, "the barrier did not wait for the last rank"
+spent = comm.traffic - before
+assert me == P - 1 or 0.25 < spent.waited_s <= spent.active_s < time.monotonic() - started, spent
+spent = comm.traffic
+time.sleep(0.05)
+assert comm.traffic == spent, "time without an operation counts as one"
 comm.node_barrier()
 
 assert comm.gather((comm.local_rank, comm.local_size)) == [(r, P) for r in range(P)]

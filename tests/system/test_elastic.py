@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpresnet import events
 from dpresnet.data import Split
 from dpresnet.datasets import schema
+from tests.launching import python
 from tests.system.test_train import curve, metrics, sha, succeed
 
 CLASSES = 3
@@ -79,6 +81,51 @@ def test_ranks_change_no_bit_and_a_run_goes_on_with_others(case, tmp_path):
     succeed(first, parted, "--steps", "4", base=base)
     assert succeed(second, parted, "--resume", "auto", base=base)["params_sha256"] == sha(alone)
     assert curve(parted) == curve(alone)
+
+
+def test_sixteen_bits_on_the_wire_round_alike_on_any_ranks(tmp_path):
+    """However many replicas a rank has, and wherever its buckets end. What is sent is half as much, where a rank has one."""
+    base = ("--replicas", "4", "--batch", "8", "--steps", "6", "--bn", "local", "--first-bucket-mb", "0.01", "--check-every", "0")
+    sent, digests = {}, {}
+    for wire in ("fp32", "fp16", "bf16"):
+        for ranks, mb in ((0, "25"), (2, "0.1"), (4, "0.03")):
+            out = tmp_path / f"{wire}-{ranks}"
+            succeed(ranks, out, "--wire", wire, "--bucket-mb", mb, base=base)
+            digests.setdefault(wire, set()).add(sha(out))
+            sent[wire, ranks] = [line.get("sent_mb") for line in metrics(out) if "loss" in line]
+        assert curve(tmp_path / f"{wire}-2") == curve(tmp_path / f"{wire}-4") == curve(tmp_path / f"{wire}-0")
+    assert [len(found) for found in digests.values()] == [1, 1, 1] and len(set.union(*digests.values())) == 3
+    assert sent["fp32", 0] == [None] * 6
+    statistics = 0.03  # MB per step that are no gradients
+    for wire in ("fp16", "bf16"):
+        assert 0.49 * min(sent["fp32", 4]) < max(sent[wire, 4]) < 0.51 * min(sent["fp32", 4]) + statistics
+        assert max(sent[wire, 2]) < 0.76 * min(sent["fp32", 2]) + statistics  # sums of two replicas travel in fp32
+
+
+def test_the_mpi_library_may_add(tmp_path):
+    """Within rounding the same run; one that adds so cannot be repeated bit for bit, and says so."""
+    base = ("--replicas", "4", "--batch", "8", "--steps", "3", "--precision", "fp32")
+    losses = []
+    for reduce in ("tree", "mpi"):
+        succeed(4, tmp_path / reduce, "--reduce", reduce, base=base)
+        losses.append([line["loss"] for line in metrics(tmp_path / reduce) if "loss" in line])
+        used = {event.channel for event in events.read(tmp_path / reduce / "events")[0].events}
+        assert ("alltoall" in used, "allreduce" in used) == (reduce == "tree", reduce == "mpi")
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    refused = python(["-m", "dpresnet.verify", tmp_path / "mpi"])
+    assert refused.returncode == 78 and "only --reduce tree can be repeated" in refused.stderr
+
+
+def test_lines_of_the_metrics_tell_what_communication_took(tmp_path):
+    """What was sent, for how long something was under way, and for how long nothing else was done."""
+    base = ("--replicas", "2", "--batch", "8", "--steps", "4")
+    succeed(2, tmp_path, base=base)
+    lines = [line for line in metrics(tmp_path) if "loss" in line]
+    gradients = 4e-6 * 269_434  # MB; a rank sends one half to be summed, and the sum of the other half
+    for line in lines:
+        assert gradients < line["sent_mb"] < 1.1 * gradients
+        seconds = 2 * 8 / line["images_per_s"]
+        assert 0 < line["exposed_ms"] < 1e3 * seconds and 0 < line["comm_ms"] < 1e3 * seconds
 
 
 def test_an_epoch_sums_up_its_own_steps(tmp_path):

@@ -1,0 +1,120 @@
+"""How gradients travel: as they are (fp32), or in 16 bits a value.
+
+    fp32  4 bytes, exact
+    bf16  2 bytes: the upper half of an fp32 number, rounded to nearest, ties to even; the same range, 8 bits of precision
+    fp16  2 bytes: fp16 with one power of two for each 128 neighbours, so that the largest of them lies in [16384, 32768]: 11
+          bits of precision, over the range of fp32 (block floating point; Wilkinson 1963, chapter 1)
+
+With 16 bits the contribution of each replica is rounded once, before anything is added, and the sum over all replicas once
+more, before it is handed out. Whatever is added in between is fp32. So the bits do not depend on the number of ranks; and as
+gradients lie on multiples of 128 values in their arena, not on where buckets end either.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+BLOCK = 128  # neighbours in the gradient arena that share a power of two: `dpresnet.device.ALIGNMENT` bytes of fp32
+LARGEST = 15  # fp16: the largest of them is less than 2^15 before it is rounded
+LEAST = LARGEST - 127  # exponent of a block's largest value: 2^(LARGEST - LEAST) is still an fp32 number
+
+
+class Wire(ABC):
+    """A format. Values are float32 [n], n a multiple of ``unit``; messages are uint8 [nbytes(n)]. The message of an array is
+    those of its parts one after the other.
+    """
+
+    name: str
+    unit = 1
+
+    @abstractmethod
+    def nbytes(self, n: int) -> int:
+        """Of a message of ``n`` values."""
+
+    @abstractmethod
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """The message of ``values``; it may be their memory."""
+
+    @abstractmethod
+    def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The values that a message holds, in ``out`` if that is given; they may be the memory of the message."""
+
+    def room(self, out: np.ndarray) -> np.ndarray:
+        """Where to receive the message that is then decoded to ``out``."""
+        return np.empty(self.nbytes(out.size), np.uint8)
+
+    def round(self, values: np.ndarray) -> None:
+        """Makes of ``values`` what would arrive."""
+        self.decode(self.encode(values), values)
+
+
+class Fp32(Wire):
+    """The values themselves: nothing is copied."""
+
+    name = "fp32"
+
+    def nbytes(self, n: int) -> int:
+        return 4 * n
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        return values.view(np.uint8)
+
+    def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        return message.view(np.float32)
+
+    def room(self, out: np.ndarray) -> np.ndarray:
+        return out.view(np.uint8)
+
+
+class Bf16(Wire):
+    """Upper halves of fp32 numbers."""
+
+    name = "bf16"
+
+    def nbytes(self, n: int) -> int:
+        return 2 * n
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        bits = values.view(np.uint32)
+        rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16  # may carry into the exponent, up to infinity
+        quiet = (bits >> 16) | 0x40  # NaN, whose payload could carry, or be lost
+        return np.where(np.isnan(values), quiet, rounded).astype(np.uint16).view(np.uint8)
+
+    def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        out = np.empty(message.size // 2, np.float32) if out is None else out
+        bits = out.view(np.uint32)
+        bits[:] = message.view(np.uint16)
+        bits <<= 16
+        return out
+
+
+class Fp16(Wire):
+    """For each block 128 fp16 values and an int16 exponent."""
+
+    name, unit = "fp16", BLOCK
+
+    def nbytes(self, n: int) -> int:
+        return 2 * (n // BLOCK) * (BLOCK + 1)
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        rows = values.reshape(-1, BLOCK)
+        largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))  # NaN if there is one
+        exponents = np.maximum(np.frexp(np.where(np.isfinite(largest), largest, 1))[1], LEAST)
+        message = np.empty((len(rows), BLOCK + 1), np.uint16)
+        message[:, BLOCK] = exponents.astype(np.int16).view(np.uint16)
+        with np.errstate(over="ignore", invalid="ignore"):  # beside infinity and NaN, with which the step is dropped
+            message[:, :BLOCK].view(np.float16)[:] = rows * np.ldexp(np.float32(1), LARGEST - exponents)[:, None]
+        return message.reshape(-1).view(np.uint8)
+
+    def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        rows = message.view(np.uint16).reshape(-1, BLOCK + 1)
+        scales = np.ldexp(np.float32(1), rows[:, BLOCK].view(np.int16).astype(np.int32) - LARGEST)
+        out = np.empty(len(rows) * BLOCK, np.float32) if out is None else out
+        with np.errstate(over="ignore"):  # what was rounded up to 2^128
+            np.multiply(rows[:, :BLOCK].view(np.float16), scales[:, None], out=out.reshape(-1, BLOCK), dtype=np.float32)
+        return out
+
+
+WIRES: dict[str, Wire] = {wire.name: wire for wire in (Fp32(), Fp16(), Bf16())}
