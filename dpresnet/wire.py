@@ -18,6 +18,8 @@ import numpy as np
 
 BLOCK = 128  # neighbours in the gradient arena that share a power of two: `dpresnet.device.ALIGNMENT` bytes of fp32
 LARGEST = 15  # fp16: the largest of them is less than 2^15 before it is rounded
+INFINITY = 0x7F800000  # its bits
+CHUNK = 2**15  # values that are rounded at a time
 LEAST = LARGEST - 127  # exponent of a block's largest value: 2^(LARGEST - LEAST) is still an fp32 number
 
 
@@ -33,9 +35,17 @@ class Wire(ABC):
     def nbytes(self, n: int) -> int:
         """Of a message of ``n`` values."""
 
-    @abstractmethod
     def encode(self, values: np.ndarray) -> np.ndarray:
         """The message of ``values``; it may be their memory."""
+        message = np.empty(self.nbytes(values.size), np.uint8)
+        for begin in range(0, values.size, CHUNK):
+            end = min(begin + CHUNK, values.size)
+            self._write(values[begin:end], message[self.nbytes(begin) : self.nbytes(end)])
+        return message
+
+    @abstractmethod
+    def _write(self, values: np.ndarray, message: np.ndarray) -> None:
+        """Fills the message of a few values: what that takes stays in the caches."""
 
     @abstractmethod
     def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -61,6 +71,9 @@ class Fp32(Wire):
     def encode(self, values: np.ndarray) -> np.ndarray:
         return values.view(np.uint8)
 
+    def _write(self, values: np.ndarray, message: np.ndarray) -> None:
+        message.view(np.float32)[:] = values
+
     def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         return message.view(np.float32)
 
@@ -76,11 +89,11 @@ class Bf16(Wire):
     def nbytes(self, n: int) -> int:
         return 2 * n
 
-    def encode(self, values: np.ndarray) -> np.ndarray:
+    def _write(self, values: np.ndarray, message: np.ndarray) -> None:
         bits = values.view(np.uint32)
         rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16  # may carry into the exponent, up to infinity
         quiet = (bits >> 16) | 0x40  # NaN, whose payload could carry, or be lost
-        return np.where(np.isnan(values), quiet, rounded).astype(np.uint16).view(np.uint8)
+        message.view(np.uint16)[:] = np.where(np.isnan(values), quiet, rounded)
 
     def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         out = np.empty(message.size // 2, np.float32) if out is None else out
@@ -98,15 +111,14 @@ class Fp16(Wire):
     def nbytes(self, n: int) -> int:
         return 2 * (n // BLOCK) * (BLOCK + 1)
 
-    def encode(self, values: np.ndarray) -> np.ndarray:
-        rows = values.reshape(-1, BLOCK)
-        largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))  # NaN if there is one
-        exponents = np.maximum(np.frexp(np.where(np.isfinite(largest), largest, 1))[1], LEAST)
-        message = np.empty((len(rows), BLOCK + 1), np.uint16)
-        message[:, BLOCK] = exponents.astype(np.int16).view(np.uint16)
-        with np.errstate(over="ignore", invalid="ignore"):  # beside infinity and NaN, with which the step is dropped
-            message[:, :BLOCK].view(np.float16)[:] = rows * np.ldexp(np.float32(1), LARGEST - exponents)[:, None]
-        return message.reshape(-1).view(np.uint8)
+    def _write(self, values: np.ndarray, message: np.ndarray) -> None:
+        rows, target = values.reshape(-1, BLOCK), message.view(np.uint16).reshape(-1, BLOCK + 1)
+        largest = (rows.view(np.int32) & 0x7FFFFFFF).max(axis=1)  # bits, which order as magnitudes do; NaN above infinity
+        exponents = np.maximum((largest >> 23) - 126, LEAST)
+        exponents[largest >= INFINITY] = 1
+        target[:, BLOCK] = exponents.astype(np.int16).view(np.uint16)
+        with np.errstate(over="ignore"):  # beside infinity and NaN, with which the step is dropped
+            target[:, :BLOCK].view(np.float16)[:] = rows * np.ldexp(np.float32(1), LARGEST - exponents)[:, None]
 
     def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         rows = message.view(np.uint16).reshape(-1, BLOCK + 1)

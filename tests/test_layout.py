@@ -30,7 +30,7 @@ LAYERS = [
     ["network", "setup", "machine", "course"],
     ["session"],
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
-    ["bench.our_layers", "bench.step", "bench.memory", "bench.worker"],
+    ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.worker"],
     ["bench.layers", "bench.ops", "bench.picture"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune"],
 ]

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpresnet import environment
-from dpresnet.bench import facts, layers, memory, ops, picture, step
+from dpresnet.bench import facts, layers, memory, ops, picture, reduce, step
 from dpresnet.bench.flags import add_workload, positive, workload
 from dpresnet.bench.workload import Facts, Workload
+from dpresnet.comm import connect
 from dpresnet.errors import Refused, exit_code
+from dpresnet.failure import Guard
 
 WORDS = ("channels_last", "compile", "bf16")  # of which a variant of PyTorch is made
 
@@ -20,7 +22,7 @@ WORDS = ("channels_last", "compile", "bf16")  # of which a variant of PyTorch is
 def parser() -> argparse.ArgumentParser:
     """Subcommands and their flags."""
     top = argparse.ArgumentParser(prog="python -m dpresnet.bench", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="step | layers | ops | memory")
+    commands = top.add_subparsers(dest="command", required=True, metavar="step | layers | ops | memory | reduce")
     for name, batch, text in (
         ("step", 64, "whole training steps, interleaved with PyTorch's if asked"),
         ("layers", 64, "single convolutions, forward and backward, interleaved with PyTorch's if asked"),
@@ -46,7 +48,19 @@ def parser() -> argparse.ArgumentParser:
     operations.add_argument("--rounds", type=positive, default=7, help="times that each launch is measured (7)")
     held.add_argument("--steps", type=positive, default=3, help="that each process trains (3)")
     held.add_argument("--runs", type=positive, default=3, help="processes of each kind; the median counts (3)")
+    add_reduce(commands)
     return top
+
+
+def add_reduce(commands: argparse._SubParsersAction) -> None:
+    """The only one that measures the ranks of a job, and no network."""
+    text = "the sum of gradients over ranks: mpirun -n 2 python -m dpresnet.bench reduce"
+    command = commands.add_parser("reduce", help=text, description=text)
+    command.add_argument("--mb", type=float, default=45.0, metavar="MB", help="gradients of a rank, 10^6 bytes of fp32 (45)")
+    command.add_argument("--bucket-mb", type=float, default=25.0, metavar="MB", help="of them in a bucket (25)")
+    command.add_argument("--rounds", type=positive, default=9, help="in which all strategies take turns (9)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    command.set_defaults(png=None)
 
 
 def variants(text: str) -> list[str]:
@@ -91,6 +105,9 @@ def run(argv: Sequence[str] | None) -> None:
     """Checks, measures, prints, writes."""
     args = parser().parse_args(argv)
     check(args)
+    if args.command == "reduce":
+        run_reduce(args)
+        return
     work = workload(args)
     found = facts.gather(args) | {"workload": vars(work)}
     print(facts.heading(found), flush=True)
@@ -102,6 +119,18 @@ def run(argv: Sequence[str] | None) -> None:
         facts.write_json(args.json, found)
     if args.png:
         picture.draw(args.command, found, work, args.png)
+
+
+def run_reduce(args: argparse.Namespace) -> None:
+    """On each rank; rank 0 prints and writes."""
+    with Guard() as job:
+        job.comm = comm = connect()
+        results = reduce.measure(comm, args.mb, args.bucket_mb, args.rounds)
+        if comm.rank == 0:
+            found = facts.gather(args)
+            print(facts.heading(found), reduce.report(results), sep="\n")
+            if args.json:
+                facts.write_json(args.json, found | {"results": results})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

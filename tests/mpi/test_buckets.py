@@ -1,5 +1,6 @@
 """The bucketed sum in real jobs: for every number of ranks the bits of one process, whatever order and size."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,6 +38,26 @@ def test_sums_of_the_mpi_library(replicas, ranks):
     """Within rounding of the tree, and the same bits on all ranks."""
     job = mpirun(ranks, [WORKER, replicas, 7, "mpi", "fp32"])
     assert job.returncode == 0, job.stderr
+
+
+def test_every_strategy_is_measured(tmp_path):
+    """Half the bytes on a 16-bit wire; each round has every strategy once."""
+    job = mpirun(2, ["-m", "dpresnet.bench", "reduce", "--mb", "1", "--bucket-mb", "0.3", "--rounds", "2",
+                     "--json", tmp_path / "out.json"])  # fmt: skip
+    assert job.returncode == 0, job.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert (found["ranks"], found["hosts"], found["buckets"], found["bytes"]) == (2, 1, 4, 999_936)
+    kinds = {(kind["reduce"], kind["wire"]): kind for kind in found["kinds"]}
+    assert all(len(kind["seconds"]) == 2 and min(kind["seconds"]) > 0 for kind in kinds.values())
+    assert kinds["tree", "fp32"]["sent_bytes"] == kinds["mpi", "fp32"]["sent_bytes"] == found["bytes"]
+    assert kinds["tree", "bf16"]["sent_bytes"] == found["bytes"] / 2
+    assert kinds["tree", "fp16"]["sent_bytes"] == found["bytes"] / 2 * 129 / 128
+    assert job.stdout.count("tree") == 3
+
+
+def test_one_process_cannot_measure_exchanges():
+    alone = python(["-m", "dpresnet.bench", "reduce"])
+    assert alone.returncode == 78 and "mpirun -n 2 python -m dpresnet.bench reduce" in alone.stderr
 
 
 def test_buckets_that_a_wire_cannot_carry_are_named():

@@ -84,8 +84,9 @@ def test_ranks_change_no_bit_and_a_run_goes_on_with_others(case, tmp_path):
 
 
 def test_sixteen_bits_on_the_wire_round_alike_on_any_ranks(tmp_path):
-    """However many replicas a rank has, and wherever its buckets end. What is sent is half as much, where a rank has one."""
-    base = ("--replicas", "4", "--batch", "8", "--steps", "6", "--bn", "local", "--first-bucket-mb", "0.01", "--check-every", "0")
+    """However many replicas a rank has, and wherever its buckets end. Half as much is sent where a rank has one."""
+    base = ("--replicas", "4", "--batch", "8", "--steps", "6", "--bn", "local", "--first-bucket-mb", "0.01",
+            "--check-every", "0")  # fmt: skip
     sent, digests = {}, {}
     for wire in ("fp32", "fp16", "bf16"):
         for ranks, mb in ((0, "25"), (2, "0.1"), (4, "0.03")):
