@@ -138,18 +138,14 @@ def gather_groups(conv: Conv, transposed: bool) -> Geometry:
     return g
 
 
-def fitting(conv: Conv, transposed: bool) -> Conv:
-    """With sizes for which winograd_gather fits in local memory."""
-    return conv.fitting(lambda c: gather_floats(gather_groups(c, transposed)), RESERVE)
-
-
 def fresh_groups(conv: Conv, transposed: bool) -> Geometry | None:
     """How `gather` divides the work where each work-group transforms the weights that it reads, and they are not packed.
 
     None if that is not worth it, or does not fit in local memory. It is where packed weights would come from memory, and few
-    groups of tiles transform the same ones.
+    groups of tiles transform the same ones. Whatever was measured, the sizes are the shipped ones: the kernel for it is
+    compiled apart, which may change its rounding, so ranks must not differ in it.
     """
-    conv = fitting(conv, transposed)
+    conv = conv.shipped
     g, lanes = gather_groups(conv, transposed), conv.tile_channels(transposed)
     g = replace(g, panel=min(g.panel, FRESH_TILES * lanes))
     fits = 4 * (sum(gather_floats(g)) + fresh_floats(conv, g, transposed)) <= conv.local_bytes - RESERVE
@@ -178,7 +174,8 @@ def gather(plan: Plan, name: str, conv: Conv, x: Tensor, u: Tensor, y: Tensor, t
     """Appends a launch of winograd_gather; ``u`` is packed for this direction, or the weights themselves, flat, where there are
     `fresh_groups`; ``z`` as in `ops.conv.backward_data`.
     """
-    conv, fresh = fitting(conv, transposed), len(u.shape) == 1
+    fresh = len(u.shape) == 1
+    conv = conv.shipped if fresh else conv.fitting(lambda c: gather_floats(gather_groups(c, transposed)), RESERVE)
     g = fresh_groups(conv, transposed) if fresh else gather_groups(conv, transposed)
     size = (-(-g.tiles // g.group_tiles), -(-g.out_blocks * BLOCK // g.panel))
     memory = [*gather_floats(g), *([fresh_floats(conv, g, transposed)] if fresh else [])]

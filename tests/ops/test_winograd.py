@@ -110,16 +110,29 @@ def test_backward_data_joins_another_term(mode, shape):
 @each_vector
 @each_shape
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
-def test_weights_that_are_not_packed_have_the_same_values(monkeypatch, mode, shape, transposed):
+def test_weights_that_are_not_packed(monkeypatch, mode, shape, transposed):
     monkeypatch.setattr(winograd, "LAST_LEVEL_BYTES", 0)
     monkeypatch.setattr(winograd, "FRESH_GROUPS", 1000)
-    assert winograd.fresh_groups(conv_of(Bench(mode), shape), transposed)
-    outputs = []
-    for fresh in (False, True):
-        bench = Bench(mode)
-        source, w = bench.draw(*(shape.y if transposed else shape.x)), bench.draw(*shape.w)
-        outputs.append(bench.stored(gathered(bench, shape, source, w, transposed, fresh=fresh)))
-    np.testing.assert_array_equal(*outputs)
+    bench = Bench(mode)
+    if mode.device.local_bytes < 2**19:
+        pytest.skip("transformed weights do not fit in the local memory of this device, so they are always packed")
+    assert winograd.fresh_groups(conv_of(bench, shape), transposed)
+    source, w = bench.draw(*(shape.y if transposed else shape.x)), bench.draw(*shape.w)
+    out = gathered(bench, shape, source, w, transposed, fresh=True)
+    if transposed:
+        bench.assert_close(out, reference.conv_backward_data(source, w, shape.x, *shape.window), w[:, 0].size)
+    else:
+        bench.assert_close(out, reference.conv_forward(source, w, *shape.window), w[0].size)
+
+
+def test_whether_weights_are_packed_follows_from_the_shape(monkeypatch):
+    """Measured sizes decide how a launch is divided, not which program computes it: programs may round differently."""
+    monkeypatch.setattr(winograd, "LAST_LEVEL_BYTES", 0)
+    shape, found = SHAPES[0], []
+    for sizes in ({}, {"winograd_gather": WinogradGather(4, 1, 1, 32)}, {"winograd_gather": WinogradGather(8, 64, 8, 512)}):
+        conv_shape = conv_of(Bench(VECTORS, tuned_device(VECTORS, sizes)), shape)
+        found.append(winograd.fresh_groups(conv_shape, False))
+    assert found[0] and found[0] == found[1] == found[2]
 
 
 @each_vector
