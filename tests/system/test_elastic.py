@@ -88,19 +88,20 @@ def test_sixteen_bits_on_the_wire_round_alike_on_any_ranks(tmp_path):
     base = ("--replicas", "4", "--batch", "8", "--steps", "6", "--bn", "local", "--first-bucket-mb", "0.01",
             "--check-every", "0")  # fmt: skip
     sent, digests = {}, {}
-    for wire in ("fp32", "fp16", "bf16"):
-        for ranks, mb in ((0, "25"), (2, "0.1"), (4, "0.03")):
+    everywhere = ((0, "25"), (2, "0.1"), (4, "0.03"))
+    for wire, runs in (("fp32", everywhere[1:]), ("fp16", everywhere), ("bf16", everywhere[::2])):
+        for ranks, mb in runs:
             out = tmp_path / f"{wire}-{ranks}"
             succeed(ranks, out, "--wire", wire, "--bucket-mb", mb, base=base)
-            digests.setdefault(wire, set()).add(sha(out))
+            digests.setdefault(wire, []).append((sha(out), curve(out)))
             sent[wire, ranks] = [line.get("sent_mb") for line in metrics(out) if "loss" in line]
-        assert curve(tmp_path / f"{wire}-2") == curve(tmp_path / f"{wire}-4") == curve(tmp_path / f"{wire}-0")
-    assert [len(found) for found in digests.values()] == [1, 1, 1] and len(set.union(*digests.values())) == 3
-    assert sent["fp32", 0] == [None] * 6
+        assert all(found == digests[wire][0] for found in digests[wire])
+    assert len({found[0][0] for found in digests.values()}) == 3
+    assert sent["fp16", 0] == [None] * 6
     statistics = 0.03  # MB per step that are no gradients
     for wire in ("fp16", "bf16"):
         assert 0.49 * min(sent["fp32", 4]) < max(sent[wire, 4]) < 0.51 * min(sent["fp32", 4]) + statistics
-        assert max(sent[wire, 2]) < 0.76 * min(sent["fp32", 2]) + statistics  # sums of two replicas travel in fp32
+    assert max(sent["fp16", 2]) < 0.76 * min(sent["fp32", 2]) + statistics  # sums of two replicas travel in fp32
 
 
 def test_the_mpi_library_may_add(tmp_path):
