@@ -27,9 +27,9 @@ def test_digits(tmp_path):
     assert result(out, done)["test_accuracy"] >= 0.98
 
 
-@pytest.mark.limit(300)
+@pytest.mark.limit(500)
 def test_same_bits_on_two_ranks(tmp_path):
     flags = ["-m", "dpresnet.train", "--replicas", "4", "--steps", "13", "--out"]
-    one = result(tmp_path / "1", python([*flags, str(tmp_path / "1")], timeout=140))
-    two = result(tmp_path / "2", mpirun(2, [*flags, str(tmp_path / "2")], timeout=140))
+    one = result(tmp_path / "1", python([*flags, str(tmp_path / "1")], timeout=240))
+    two = result(tmp_path / "2", mpirun(2, [*flags, str(tmp_path / "2")], timeout=240))
     assert one["params_sha256"] == two["params_sha256"]
