@@ -114,9 +114,7 @@ class Recorder:
 
     def give(self, x: Tensor, record: Callable[[Tensor], None]) -> None:
         """Records the launch that computes a gradient of ``x`` into a fresh tensor: one more term of what ``x`` gets."""
-        fresh = self.like(x, f"{x.name}.grad")
-        record(fresh)
-        self.add_term(x, fresh)
+        self.add_term(x, self.recorded(x, lambda dx, z: record(dx)))
 
     def give_later(self, x: Tensor, record: Record) -> None:
         """One more term of the gradient of ``x``, by a launch that can do more, and so is recorded when the gradient is needed:

@@ -35,25 +35,17 @@ class Wire(ABC):
     def nbytes(self, n: int) -> int:
         """Of a message of ``n`` values."""
 
+    @abstractmethod
     def encode(self, values: np.ndarray) -> np.ndarray:
         """The message of ``values``; it may be their memory."""
-        message = np.empty(self.nbytes(values.size), np.uint8)
-        for begin in range(0, values.size, CHUNK):
-            end = min(begin + CHUNK, values.size)
-            self._write(values[begin:end], message[self.nbytes(begin) : self.nbytes(end)])
-        return message
-
-    @abstractmethod
-    def _write(self, values: np.ndarray, message: np.ndarray) -> None:
-        """Fills the message of a few values: what that takes stays in the caches."""
 
     @abstractmethod
     def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The values that a message holds, in ``out`` if that is given; they may be the memory of the message."""
 
+    @abstractmethod
     def room(self, out: np.ndarray) -> np.ndarray:
         """Where to receive the message that is then decoded to ``out``."""
-        return np.empty(self.nbytes(out.size), np.uint8)
 
     def round(self, values: np.ndarray) -> None:
         """Makes of ``values`` what would arrive."""
@@ -71,9 +63,6 @@ class Fp32(Wire):
     def encode(self, values: np.ndarray) -> np.ndarray:
         return values.view(np.uint8)
 
-    def _write(self, values: np.ndarray, message: np.ndarray) -> None:
-        message.view(np.float32)[:] = values
-
     def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         return message.view(np.float32)
 
@@ -81,7 +70,25 @@ class Fp32(Wire):
         return out.view(np.uint8)
 
 
-class Bf16(Wire):
+class Rounding(Wire):
+    """A format that rounds: some values at a time, so that what that takes stays in the caches."""
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        message = self.room(values)
+        for begin in range(0, values.size, CHUNK):
+            end = min(begin + CHUNK, values.size)
+            self._write(values[begin:end], message[self.nbytes(begin) : self.nbytes(end)])
+        return message
+
+    @abstractmethod
+    def _write(self, values: np.ndarray, message: np.ndarray) -> None:
+        """Fills the message of some values."""
+
+    def room(self, out: np.ndarray) -> np.ndarray:
+        return np.empty(self.nbytes(out.size), np.uint8)
+
+
+class Bf16(Rounding):
     """Upper halves of fp32 numbers."""
 
     name = "bf16"
@@ -103,7 +110,7 @@ class Bf16(Wire):
         return out
 
 
-class Fp16(Wire):
+class Fp16(Rounding):
     """For each block 128 fp16 values and an int16 exponent."""
 
     name, unit = "fp16", BLOCK

@@ -8,7 +8,7 @@ import numpy as np
 
 from dpresnet.bench.facts import spread, table
 from dpresnet.bench.workload import Facts
-from dpresnet.buckets import allreduce
+from dpresnet.buckets import Allreduce, allreduce
 from dpresnet.comm import Comm
 from dpresnet.errors import Refused
 from dpresnet.wire import BLOCK
@@ -49,7 +49,7 @@ def cut(values: int, bucket: int) -> list[slice]:
     return [slice(begin, min(begin + step, end)) for begin in range(0, end, step)]
 
 
-def once(comm: Comm, sums: object, arena: np.ndarray, buckets: list[slice]) -> tuple[float, int]:
+def once(comm: Comm, sums: Allreduce, arena: np.ndarray, buckets: list[slice]) -> tuple[float, int]:
     """Seconds until the slowest rank has all sums, and the bytes that this one has sent."""
     comm.barrier()
     before, began = comm.traffic, time.perf_counter()

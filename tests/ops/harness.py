@@ -11,13 +11,15 @@ the same inputs, is the rounding of its sums and of its output; `tolerance` boun
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dpresnet import reference
 from dpresnet.convolution import Conv
 from dpresnet.device import ALIGNMENT, BLOCK, Arena, Device, choose_device, kernel_source
 from dpresnet.plan import (
@@ -256,6 +258,15 @@ class Bench:
         """Every value the one nearest to ``expected`` that its type holds."""
         with np.errstate(over="ignore"):  # fp16 overflows to infinity, on both sides
             np.testing.assert_array_equal(self.read(tensor), np.asarray(expected).astype(tensor.dtype))
+
+
+def check_joined(bench: Bench, shape: Any, launch: Callable[..., Tensor]) -> None:
+    """A gradient of the input of a convolution, as ``launch(bench, shape, dy, w, term, z)`` joins another term to it."""
+    dy, w, term = bench.draw(*shape.y), bench.draw(*shape.w), bench.draw(*shape.x)
+    z = reference.relu_forward(bench.draw(*shape.x))
+    dx = launch(bench, shape, dy, w, term, z)
+    both = term + reference.conv_backward_data(dy, w, shape.x, *shape.window)
+    bench.assert_close(dx, reference.relu_backward(both, z), w[:, 0].size)
 
 
 def bytes_of(arena: Arena) -> np.ndarray:

@@ -4,7 +4,7 @@ from dataclasses import astuple, dataclass, fields, replace
 
 import numpy as np
 import pytest
-from harness import Bench, Mode, each_mode, struct_in, tuned_device
+from harness import Bench, Mode, check_joined, each_mode, struct_in, tuned_device
 
 from dpresnet import reference
 from dpresnet.device import BLOCK, Device, choose_device
@@ -162,12 +162,7 @@ def test_backward_data(mode, shape):
 @each_shape
 def test_backward_data_joins_another_term(mode, shape):
     """Their sum where z is positive, in the place of that term: also at pixels that no window reads."""
-    bench = Bench(mode)
-    dy, w, term = bench.draw(*shape.y), bench.draw(*shape.w), bench.draw(*shape.x)
-    z = reference.relu_forward(bench.draw(*shape.x))
-    dx = backward_data(bench, shape, dy, w, term, z)
-    both = term + reference.conv_backward_data(dy, w, shape.x, *shape.window)
-    bench.assert_close(dx, reference.relu_backward(both, z), w[:, 0].size)
+    check_joined(Bench(mode), shape, backward_data)
 
 
 @each_mode

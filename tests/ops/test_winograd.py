@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from harness import Bench, Mode, device_for, each_vector, struct_in, tuned_device
+from harness import Bench, Mode, check_joined, device_for, each_vector, struct_in, tuned_device
 from test_conv import Shape
 
 from dpresnet import reference
@@ -99,12 +99,7 @@ def test_backward_data(mode, shape):
 @each_shape
 def test_backward_data_joins_another_term(mode, shape):
     """Their sum where z is positive, in the place of that term."""
-    bench = Bench(mode)
-    dy, w, term = bench.draw(*shape.y), bench.draw(*shape.w), bench.draw(*shape.x)
-    z = reference.relu_forward(bench.draw(*shape.x))
-    dx = gathered(bench, shape, dy, w, True, term, z)
-    both = term + reference.conv_backward_data(dy, w, shape.x, *shape.window)
-    bench.assert_close(dx, reference.relu_backward(both, z), w[:, 0].size)
+    check_joined(Bench(mode), shape, lambda bench, shape, dy, w, *joined: gathered(bench, shape, dy, w, True, *joined))
 
 
 @each_vector
