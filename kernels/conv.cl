@@ -31,7 +31,7 @@
 // Packed weights: [output tile][input block][tap][TERMS][TILE_O].
 
 #if VEC > 1
-// sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute, `plane` floats pitch; ws are
+// sum[v][p] += the part of TILE_V x TILE_P outputs that `blocks` blocks of the patch contribute, `plane` floats apart; ws are
 // their weights. With `row` (a constant) the pixels are neighbours in the patch: one address register instead of TILE_P.
 // Meanwhile it fetches the same blocks of the cells at `ahead`, if that is not 0.
 INLINE void conv_multiply(vec sum[TILE_V][TILE_P], SOURCE *patch, const int plane, __local const int *table,
@@ -134,10 +134,11 @@ __kernel SINGLE void conv_gather(
                     UNROLL for (int p = 0; p < TILE_P; p++)
                         UNROLL for (int v = 0; v < TILE_V; v++) {
                             const int o = tile * TILE_O + v * VEC, at = entry[2 * (e + p) + 1];
+                            const long to = o / BLOCK * plane_y + o % BLOCK + at;
                             if (!last)
                                 STOREL(sum[v][p], kept + p * TILE_O + v * VEC);
                             else if (at >= 0 && o < g.out_blocks * BLOCK)
-                                STORE(JOINED(sum[v][p], o / BLOCK * plane_y + o % BLOCK + at), y + o / BLOCK * plane_y + o % BLOCK + at);
+                                STORE(JOINED(sum[v][p], to), y + to);
                         }
                 }
         }
@@ -197,7 +198,7 @@ __kernel SINGLE void conv_weight(
     __local float *restrict grad,   // [pixel][TILE_O] of dy, of one output tile
 #endif
     __local float *restrict sums,   // [output tile][entry][TILE_O]
-    __local int *restrict table,    // [these lines, the next][pixels][4], see conv_list
+    __local int *restrict table,    // [these lines, the next][pixels][4], see conv_runs
     __local int *restrict entry)    // [entries = input block, tap, c] offset in the patch
 {
     const Geometry g = *geometry;
@@ -218,16 +219,12 @@ __kernel SINGLE void conv_weight(
 
     const int start = conv_segment(g, segment), end = conv_segment(g, segment + 1);
     const int pitch = DIRECT ? BLOCK : g.in_step / g.col_step * CU;
-    int listed = conv_list(table, 4, start, min(g.group_lines, end - start), 0, 0, g);
-    conv_runs(table, listed, pitch);
+    int listed = conv_runs(table, start, min(g.group_lines, end - start), pitch, g);
     for (int line = start, turn = 0; line < end; line += g.group_lines, turn ^= 1) {
         const int lines = min(g.group_lines, end - line), after = min(g.group_lines, end - line - lines), pixels = listed;
         __local int *now = table + turn * 4 * g.group_lines * g.grid_width;
         __local int *next = after ? table + (turn ^ 1) * 4 * g.group_lines * g.grid_width : now;
-        if (after) {
-            listed = conv_list(next, 4, line + lines, after, 0, 0, g);
-            conv_runs(next, listed, pitch);
-        }
+        if (after) listed = conv_runs(next, line + lines, after, pitch, g);
 #if DIRECT
         SOURCE *patch = x + (long)block * in_plane;
 #else

@@ -174,7 +174,7 @@ void conv_load_grad(__global const act *restrict dy, __local float *restrict gra
 
 // Lists the cells of `lines` lines whose pixel at (out_row, out_col) is inside the image, `step` integers for each: the offset
 // of the cell in the patch (with DIRECT, in x), that of the pixel in y and, with step 4, that of the cell in x and the number of
-// cells from here on that a loop can take with constant steps: see conv_runs. Returns the number of cells.
+// cells from here on that a loop can take with constant steps, which conv_runs fills in. Returns the number of cells.
 #define AT_PATCH 0
 #define AT_Y 1
 #define AT_X 2
@@ -200,10 +200,11 @@ int conv_list(__local int *restrict table, const int step, const int line, const
     return listed;
 }
 
-// Fills in RUN: cells follow each other in a run where they have a `pitch` in the patch and, with DIRECT, neighbours in y. (The copy
-// of y is dense.)
-void conv_runs(__local int *restrict table, const int cells, const int pitch)
+// conv_list with step 4 and RUN: cells follow each other in a run where they lie `pitch` floats apart in the patch and, with
+// DIRECT, are neighbours in y. (The copy of y is dense.)
+int conv_runs(__local int *restrict table, const int line, const int lines, const int pitch, const Geometry g)
 {
+    const int cells = conv_list(table, 4, line, lines, 0, 0, g);
     for (int c = cells - 1; c >= 0; c--) {
         __local int *entry = table + 4 * c, *next = entry + 4;
         int joined = c + 1 < cells && next[AT_PATCH] - entry[AT_PATCH] == pitch;
@@ -212,6 +213,7 @@ void conv_runs(__local int *restrict table, const int cells, const int pitch)
 #endif
         entry[RUN] = joined ? next[RUN] + 1 : 1;
     }
+    return cells;
 }
 
 #if GROUP == 0 && TERMS == BLOCK
