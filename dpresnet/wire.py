@@ -18,7 +18,6 @@ import numpy as np
 
 BLOCK = 128  # neighbours in the gradient arena that share a power of two: `dpresnet.device.ALIGNMENT` bytes of fp32
 LARGEST = 15  # fp16: the largest of them is less than 2^15 before it is rounded
-INFINITY = 0x7F800000  # its bits
 CHUNK = 2**15  # values that are rounded at a time
 LEAST = LARGEST - 127  # exponent of a block's largest value: 2^(LARGEST - LEAST) is still an fp32 number
 
@@ -122,10 +121,8 @@ class Fp16(Rounding):
         rows, target = values.reshape(-1, BLOCK), message.view(np.uint16).reshape(-1, BLOCK + 1)
         largest = (rows.view(np.int32) & 0x7FFFFFFF).max(axis=1)  # bits, which order as magnitudes do; NaN above infinity
         exponents = np.maximum((largest >> 23) - 126, LEAST)
-        exponents[largest >= INFINITY] = 1
         target[:, BLOCK] = exponents.astype(np.int16).view(np.uint16)
-        with np.errstate(over="ignore"):  # beside infinity and NaN, with which the step is dropped
-            target[:, :BLOCK].view(np.float16)[:] = rows * np.ldexp(np.float32(1), LARGEST - exponents)[:, None]
+        target[:, :BLOCK].view(np.float16)[:] = rows * np.ldexp(np.float32(1), LARGEST - exponents)[:, None]
 
     def decode(self, message: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         rows = message.view(np.uint16).reshape(-1, BLOCK + 1)
