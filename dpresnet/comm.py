@@ -35,6 +35,7 @@ JOIN_LIMIT_S = 300.0  # all ranks have entered MPI_Init by then, or one never wi
 DELIVERY_S = 0.3  # what a rank prints before an abort reaches the launcher in this time, if at all
 ABORT_LIMIT_S = 2.0  # an abort takes no longer, or the process just ends
 SPIN_S = 2e-4  # poll this long at full speed, longer than a small message takes
+BULK_SPIN_S = 1.0  # the same while large messages are under way: each poll moves a piece of them, and small ones come after
 NAP_S = 5e-5  # then between naps of this length
 STOPPED_S = 1.0  # longer between two looks, and the process itself has been stopped for a while: that is nobody's delay
 LOOK_LIMIT_S = 10.0  # a folder that does not answer must not keep a rank from ending
@@ -188,7 +189,7 @@ class Request:
         return self._done
 
     def wait(self) -> None:
-        self._world.wait_until(self.test)
+        self._world.wait_until(self.test, BULK_SPIN_S if self._world._under_way > 1 else SPIN_S)
 
 
 class World:
