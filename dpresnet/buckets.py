@@ -17,14 +17,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from dpresnet import tree
-from dpresnet.comm import Comm
+from dpresnet import trace, tree
+from dpresnet.comm import BULK_SPIN_S, Comm
 from dpresnet.wire import WIRES, Wire
 
 # Each poll moves one small piece of the data (under MPICH on one node). So progress() polls several times, and wait() does
 # not nap between polls, which would throttle the exchange to a twentieth of its speed, unless the others are late.
 POLLS = 4
-SPIN_S = 1.0
 
 Node = tuple[int, int]
 _DONE = object()
@@ -108,11 +107,16 @@ class Allreduce(ABC):
         before its predecessors is sent with the last of them.
         """
         self._check(k, leaves, out)
-        self._waiting[k] = self._reduce(k, list(leaves), out)
+        self._waiting[k] = self._traced(k, self._reduce(k, list(leaves), out))
         while self._launched in self._waiting:
             self._running.append(self._waiting.pop(self._launched))
             self._launched += 1
         self.progress()
+
+    def _traced(self, k: int, steps: Iterator[None]) -> Iterator[None]:
+        began = trace.clock()
+        yield from steps
+        trace.note(f"bucket {k}", f"bucket {k}", began, trace.clock(), bytes=4 * self._lengths[k])
 
     def progress(self) -> None:
         """Advance every bucket under way as far as it goes without waiting."""
@@ -125,7 +129,7 @@ class Allreduce(ABC):
             raise RuntimeError(
                 f"bucket {min(self._waiting)} was started, but bucket {self._launched}, which goes before it, never was"
             )
-        self._comm.wait_until(self._finished, SPIN_S)
+        self._comm.wait_until(self._finished, BULK_SPIN_S)
         self._forget()
 
     def _finished(self) -> bool:

@@ -32,7 +32,7 @@ RESUMABLE = frozenset({
     "steps",  # stops the run early; the schedule spans --epochs whatever it is
     "check_every", "timeout",
     "bucket_mb", "first_bucket_mb",  # sums are taken element by element, so where buckets end changes no bit
-    "out", "resume", "save_every_epochs", "save_every_steps", "keep", "record_every",
+    "out", "resume", "save_every_epochs", "save_every_steps", "keep", "record_every", "trace", "trace_steps",
     "device", "threads", "debug", "dry_run",
 })
 """The fields that a resumed run may change, because they do not enter the mathematics. ``epochs`` joins them where the
@@ -106,6 +106,10 @@ class Config:
     keep: int = _flag(3, "output", "how many of the newest checkpoints stay, besides the best", least=1)
     record_every: int = _flag(0, "output", "steps between those whose every tensor leaves a digest in OUT/trail, for "
                               "python -m dpresnet.verify; 0: none", least=0)
+
+    trace: str = _flag("", "output", "what all ranks do in the first steps of this run, for ui.perfetto.dev (.gz: compressed)",
+                       metavar="FILE", shown="none")
+    trace_steps: int = _flag(20, "output", "how many steps the trace covers; 0: all", least=0)
 
     device: str = _flag("auto", "device", "OpenCL device: its index, or part of its name", metavar="auto|INDEX|NAME")
     threads: int = _flag(0, "device", "CPU threads per rank; 0: cores / ranks on the node", least=0)

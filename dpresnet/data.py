@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import trace
 from .datasets import schema
 from .datasets.schema import Dataset, Split
 from .errors import Refused
@@ -132,22 +133,27 @@ class Loader:
         """The batch of one step, made now."""
         size = self.replicas * self.batch
         samples = self.order[step * size : (step + 1) * size]
-        shards = [self._shard(samples[v * self.batch : (v + 1) * self.batch]) for v in self.local]
+        with trace.span("images", batch=step):
+            shards = [self._shard(samples[v * self.batch : (v + 1) * self.batch]) for v in self.local]
         return Batch(step, shards, len(samples))
 
     def _shard(self, indices: np.ndarray) -> Shard:
         return Shard(self.split.take(indices), self.split.labels[indices], indices)
 
     def __iter__(self) -> Iterator[Batch]:
-        pool = ThreadPoolExecutor(1, "dpresnet-prefetch")
+        pool, ahead = ThreadPoolExecutor(1, "dpresnet-prefetch"), deque()
+
+        def first() -> Batch:
+            with trace.span("wait for images"):
+                return ahead.popleft().result()
+
         try:
-            ahead = deque()
             for step in range(self.start, self.steps):
                 ahead.append(pool.submit(self.at, step))
                 if len(ahead) > self.ahead:
-                    yield ahead.popleft().result()
+                    yield first()
             while ahead:
-                yield ahead.popleft().result()
+                yield first()
         finally:
             pool.shutdown(cancel_futures=True)
 

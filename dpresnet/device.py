@@ -101,8 +101,7 @@ class Device:
         self._asked = vector
         pocl.name_cpu(cl_device)
         self.context = cl.Context([cl_device])
-        properties = cl.command_queue_properties.PROFILING_ENABLE if profile else 0
-        self.queue = cl.CommandQueue(self.context, properties=properties)
+        self._use_queue(profile)
         self.host_memory = is_cpu(cl_device)
         self._programs: dict[str, cl.Program] = {}
 
@@ -179,6 +178,15 @@ class Device:
     def finish(self) -> None:
         """Waits until everything enqueued is done."""
         self.queue.finish()
+
+    def record_times(self, wanted: bool) -> None:
+        """Whether commands record from now on when they ran; waits for those before."""
+        self.finish()
+        self._use_queue(wanted)
+
+    def _use_queue(self, profile: bool) -> None:
+        properties = cl.command_queue_properties.PROFILING_ENABLE if profile else 0
+        self.queue = cl.CommandQueue(self.context, properties=properties)
 
 
 class Arena:

@@ -9,11 +9,12 @@ a kill, and the others can look into it while it lives.
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
+
+from dpresnet import trace
 
 SLOTS = 256
 EVENT = np.dtype([  # times are seconds since 1970; ``ended`` is 0 while the rank waits; ``number`` counts from 1, 0: no event
@@ -71,7 +72,7 @@ class Ring:
         """Notes that an operation has been started; returns what `end` takes."""
         number = self._numbers[channel] = self._numbers.get(channel, 0) + 1
         slot, self._next = self._next, (self._next + 1) % SLOTS
-        self.events[slot] = (channel, number, time.time(), 0.0, nbytes, self.step, what or self.what)
+        self.events[slot] = (channel, number, trace.clock(), 0.0, nbytes, self.step, what or self.what)
         return channel, number, slot
 
     def end(self, note: Note) -> None:
@@ -79,7 +80,9 @@ class Ring:
         channel, number, slot = note
         event = self.events[slot]
         if event["number"] == number and event["channel"] == channel.encode():  # not overwritten by later ones
-            event["ended"] = time.time()
+            event["ended"] = trace.clock()
+            if trace.recording():
+                Event.of(event).trace()
 
     def waiting(self) -> list[Event]:
         """The operations that have not ended, the oldest first."""
@@ -98,13 +101,24 @@ class Event:
     step: int
     what: str
 
+    @classmethod
+    def of(cls, slot: np.void) -> Event:
+        """As a ring holds it."""
+        return cls(*(value.decode() if isinstance(value, bytes) else value for value in slot.item()))
+
+    def trace(self) -> None:
+        """Puts an operation that is done into the trace: where the rank waits, or beside it."""
+        track = trace.HOST if self.channel in BLOCKING else trace.MPI
+        facts = {"step": self.step, "channel": self.channel, "number": self.number, "bytes": self.nbytes}
+        trace.note(track, self.what or self.channel, self.began, self.ended, **facts)
+
     def __str__(self) -> str:
         return f"{self.what or 'something'} of step {self.step} ({self.channel} {self.number}, {self.nbytes} bytes)"
 
 
 def in_order(events: np.ndarray) -> list[Event]:
     """The events of a ring as they began."""
-    noted = [Event(*(v.decode() if isinstance(v, bytes) else v for v in e.item())) for e in events if e["number"]]
+    noted = [Event.of(event) for event in events if event["number"]]
     return sorted(noted, key=lambda event: (event.began, event.number))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpresnet import __version__, checkpoint, trail
+from dpresnet import __version__, checkpoint, trace, trail
 from dpresnet.comm import Comm
 from dpresnet.config import Config, check_resume, digest, from_json, to_json
 from dpresnet.course import Course
@@ -36,6 +36,7 @@ from dpresnet.setup import (
     resolve,
     straggler,
 )
+from dpresnet.tracing import Tracer, check_path
 from dpresnet.trail import Trail
 from dpresnet.trainer import Outcome, Trainer
 
@@ -76,6 +77,7 @@ class Session:
         self.course.begin(saved)
         self.progress = self.course.progress
         self.reporter = Reporter(Path(cfg.out), cfg, ranks=comm.size, enabled=comm.rank == 0)
+        self.tracer = Tracer(cfg, comm, self.trainer.replicas, self.reporter.note)
         self.failed_saves, self.saved_step = 0, self.progress.step if saved else -1
         self.train_s, self.trained = 0.0, 0
         self.busy_s, self.slowest = 0.0, {}  # since the ranks were compared last; what that has shown
@@ -91,6 +93,7 @@ class Session:
     def _claim_folder(self, cfg: Config, saved: checkpoint.Checkpoint | None) -> list[str]:
         """On rank 0: nobody else writes to the run folder, it can be written, and a fresh run finds no old checkpoints."""
         checkpoint.check_writable(self.folder)
+        check_path(cfg)
         self._lock = claim(self.folder.parent)
         for ring in self.events.glob("*.ring"):
             ring.unlink()
@@ -138,24 +141,28 @@ class Session:
             raise Stopped("stopped on request before the first step: nothing was lost")
         with self.reporter:
             self.reporter.started(self.course.last, self.progress.step, self.progress.samples)
+            self.tracer.start()
             test = None
             while self.progress.step < self.course.last:
                 test = self._epoch(stop)
             test = test or self._evaluate()
             if self.saved_step != self.progress.step:
                 self._save(required=True)
+            self.tracer.finish()
             self._finish(test)
 
     def _epoch(self, stop: StopFlag) -> Outcome | None:
         """The rest of the current epoch; returns the test result if it was completed."""
         test, began = None, time.monotonic()
         for epoch, micro_batches in self.course.rest_of_epoch():
-            outcome = self._step(epoch, micro_batches, stop, began)
+            with trace.span(f"step {self.progress.step + 1}"):
+                outcome = self._step(epoch, micro_batches, stop, began)
             record = False
             if self.course.at_end_of_epoch:
                 test = self._evaluate()
                 record = self._close_epoch(epoch, test)
             self._save_if_due(epoch, record, outcome.stop)
+            self.tracer.step_done()
             if self.progress.step == self.course.last:
                 break
             began = time.monotonic()
@@ -179,6 +186,7 @@ class Session:
         if by_epoch or by_step or record or stop:
             self._save(record, required=stop)
         if stop:
+            self.tracer.finish()
             raise Stopped(f"stopped on request after step {step}; --resume auto goes on from there")
 
     def _step(self, epoch: int, micro_batches: list[Batch], stop: StopFlag, began: float) -> Outcome:
@@ -217,7 +225,8 @@ class Session:
 
     def _evaluate(self) -> Outcome:
         """The test split, each sample exactly once over all replicas."""
-        test = self.course.evaluate()
+        with trace.span("evaluation"):
+            test = self.course.evaluate()
         if test.culprit:
             self.reporter.note(f"evaluation: {test.culprit}")
         return test
@@ -278,7 +287,8 @@ class Session:
             },
         }
         try:
-            checkpoint.save(self.folder, self.progress.step, self.trainer.arrays(), meta, self.cfg.keep, best)
+            with trace.span("checkpoint"):
+                checkpoint.save(self.folder, self.progress.step, self.trainer.arrays(), meta, self.cfg.keep, best)
         except checkpoint.SaveFailed as error:
             return str(error)
         except ValueError as error:

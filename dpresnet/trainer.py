@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyopencl as cl
 
+from dpresnet import trace
 from dpresnet.amp import LossScaler
 from dpresnet.buckets import allreduce, plan_buckets
 from dpresnet.comm import Comm
@@ -110,7 +111,8 @@ class Trainer:
         except GaveUp as error:
             raise GaveUp(f"{error}; first: {culprit or self.explain(micro_batches, count, seed, epoch)}") from None
         if not skipped:
-            self._update(lr, hyper)
+            with trace.span("update"):
+                self._update(lr, hyper)
         self.scaler = scaler
         return Outcome(count, loss, correct, skipped, wishes > 0, culprit)
 
@@ -129,7 +131,8 @@ class Trainer:
         while self._ready:
             self._wait_for(self._ready[0][1])
             self._progress()
-        self._reduce.wait()
+        with trace.span("wait for gradients"):
+            self._reduce.wait()
         arena = self.replicas.memory.homes["gradient"][0]
         arena.push(0, arena.nbytes)
         self._count(self.model.train, last)
@@ -143,8 +146,10 @@ class Trainer:
     def _replay(self, number: int, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool, ready: Handler,
                 check: bool = False) -> None:  # fmt: skip
         """Runs the training plan on micro-batch ``number``."""
-        self._feed(self.model.train, batches, count, seed, epoch, augment)
-        self.replicas.run(self.model.train, self._go_on if self.alone else self._agree, ready, self._inspector(number, check))
+        with trace.span("forward and backward", micro_batch=number):
+            self._feed(self.model.train, batches, count, seed, epoch, augment)
+            exchange = self._go_on if self.alone else self._agree
+            self.replicas.run(self.model.train, exchange, ready, self._inspector(number, check))
 
     def _inspector(self, number: int, check: bool) -> Inspector | None:
         """What looks at each entry of micro-batch ``number``, if anything does."""
@@ -267,10 +272,11 @@ class Trainer:
     def _wait_for(self, event: cl.Event) -> None:
         """Returns when the event is complete; meanwhile buckets under way go on."""
         self.replicas.device.queue.flush()
-        while self._reducing and event.command_execution_status != cl.command_execution_status.COMPLETE:
-            self._progress()
-            time.sleep(NAP_S)
-        event.wait()
+        with trace.span("wait for device"):
+            while self._reducing and event.command_execution_status != cl.command_execution_status.COMPLETE:
+                self._progress()
+                time.sleep(NAP_S)
+            event.wait()
 
     @property
     def _reducing(self) -> bool:

@@ -16,6 +16,7 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 
 # A module may import modules of lower layers only.
 LAYERS = [
+    ["trace"],
     ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
@@ -27,14 +28,14 @@ LAYERS = [
     ["model", "initial"],
     ["replicas"],
     ["trainer"],
-    ["network", "setup", "machine", "course"],
+    ["network", "setup", "machine", "course", "tracing"],
     ["session"],
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
     ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.worker"],
     ["bench.layers", "bench.ops", "bench.picture"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune"],
 ]
-ALONE = ["errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
+ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
                "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]

@@ -145,15 +145,13 @@ class Ours:
             if between:
                 between(events)
 
-        replicas, usual = self.trainer.replicas, self.device.queue
-        self.device.finish()
-        self.device.queue = cl.CommandQueue(self.device.context, properties=cl.command_queue_properties.PROFILING_ENABLE)
-        replicas.observe = observe
+        self.device.record_times(True)
+        self.trainer.replicas.observe = observe
         try:
             yield events
-            self.device.finish()
         finally:
-            replicas.observe, self.device.queue = None, usual
+            self.device.record_times(False)
+            self.trainer.replicas.observe = None
 
     def memory(self) -> Facts:
         """Bytes that the arenas hold, by home."""
