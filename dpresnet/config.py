@@ -31,7 +31,7 @@ BUILT_IN_DATASETS = ("digits", "synthetic")
 RESUMABLE = frozenset({
     "steps",  # stops the run early; the schedule spans --epochs whatever it is
     "check_every", "timeout",
-    "bucket_mb", "first_bucket_mb",  # sums are taken element by element, so where buckets end changes no bit
+    "bucket_mb", "first_bucket_mb", "overlap",  # sums are taken element by element, wherever buckets end and whenever they go
     "out", "resume", "save_every_epochs", "save_every_steps", "keep", "record_every", "trace", "trace_steps",
     "device", "threads", "debug", "dry_run",
 })
@@ -92,6 +92,7 @@ class Config:
                       "once more", choices=("fp32", "fp16", "bf16"))
     bucket_mb: float = _flag(25.0, "parallel", "gradient bytes that are reduced at once, in MiB", above=0.0)
     first_bucket_mb: float = _flag(1.0, "parallel", "the same for the first bucket, small to start early", above=0.0)
+    overlap: bool = _flag(True, "parallel", "sum gradients while backward goes on; off: after it, for comparison")
     check_every: int = _flag(100, "parallel", "steps between comparisons of the parameters that the ranks hold, besides those "
                              "before every checkpoint; 0: none", least=0)
     timeout: float = _flag(300.0, "parallel", "seconds that a rank waits for others before it names them and ends the run; ten "

@@ -151,7 +151,7 @@ def build_trainer(device: Device, cfg: Config, dataset: Dataset, comm: Comm, ran
     scaler = LossScaler() if cfg.precision == "fp16" else LossScaler.disabled()
     return Trainer(model, comm, cfg.replicas, group=statistics_group(cfg.bn, cfg.replicas), scaler=scaler,
                    first_bucket_mb=cfg.first_bucket_mb, bucket_mb=cfg.bucket_mb, reduce=cfg.reduce, wire=cfg.wire,
-                   check=cfg.debug)  # fmt: skip
+                   overlap=cfg.overlap, check=cfg.debug)  # fmt: skip
 
 
 def check_memory(model: Model, replicas: int, ranks_on_device: int) -> None:

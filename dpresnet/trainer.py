@@ -60,13 +60,13 @@ class Trainer:
     """``replicas`` replicas of a model over the ranks of ``comm``; each rank owns an equal, contiguous range.
 
     ``group`` neighbouring replicas (a divisor; 0: all of them) normalise with common statistics. ``reduce`` and ``wire`` as in
-    `dpresnet.buckets.allreduce`.
+    `dpresnet.buckets.allreduce`. Without ``overlap`` no bucket is on its way before backward is over.
     """
 
     def __init__(self, model: Model, comm: Comm, replicas: int, *, group: int = 0, scaler: LossScaler | None = None,
                  first_bucket_mb: float = 1.0, bucket_mb: float = 25.0, reduce: str = "tree", wire: str = "fp32",
-                 check: bool = False):  # fmt: skip
-        self.model, self.comm, self.check = model, comm, check
+                 overlap: bool = True, check: bool = False):  # fmt: skip
+        self.model, self.comm, self.overlap, self.check = model, comm, overlap, check
         group = group or replicas
         self.scaler = scaler or (LossScaler() if model.precision == "fp16" else LossScaler.disabled())
         self._exchange = TreeExchange(comm, replicas)
@@ -78,6 +78,7 @@ class Trainer:
         self.buckets = [model.gradient_slice(bucket) for bucket in ranges]
         self._reduce = allreduce(comm, replicas, self.buckets, reduce, wire)
         self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own))
+        self._held: list[tuple[int, cl.Event]] = []  # buckets that wait for the end of backward
         self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
         self._first_bad: NonFinite | None = None
         self.alone = model.device.doubles and group == 1  # replicas normalise without the host
@@ -128,6 +129,9 @@ class Trainer:
             self._close_statistics()
         self._added = len(earlier) > 0
         self._replay(len(earlier), last, count, seed, epoch, augment, self._mark_ready)
+        if self._held:
+            self._held[-1][1].wait()
+            self._ready, self._held = self._held, []
         while self._ready:
             self._wait_for(self._ready[0][1])
             self._progress()
@@ -218,7 +222,7 @@ class Trainer:
         if self._added:
             event = self.replicas.run_each(self.model.complete[bucket])
         self.replicas.device.queue.flush()
-        self._ready.append((bucket, event))
+        (self._ready if self.overlap else self._held).append((bucket, event))
         self._progress()
 
     def _progress(self) -> None:

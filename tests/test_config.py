@@ -17,15 +17,15 @@ OTHER = {
     "accumulate": 3, "bn": "group:3", "precision": "fp32", "epochs": 3, "steps": 17, "seed": 2**32 - 1, "lr": 0.125,
     "schedule": "step",
     "warmup_epochs": 0.5, "momentum": 0.0, "nesterov": False, "weight_decay": 1e-4, "label_smoothing": 0.2,
-    "reduce": "mpi", "wire": "bf16", "bucket_mb": 4.5, "first_bucket_mb": 0.25, "check_every": 7, "timeout": 12.5,
-    "out": "some/where", "resume": "auto",
+    "reduce": "mpi", "wire": "bf16", "bucket_mb": 4.5, "first_bucket_mb": 0.25, "overlap": False,
+    "check_every": 7, "timeout": 12.5, "out": "some/where", "resume": "auto",
     "save_every_epochs": 0,
     "save_every_steps": 100, "keep": 1, "record_every": 5, "trace": "some/trace.json", "trace_steps": 3,
     "device": "pocl", "threads": 2, "debug": True, "dry_run": True,
 }
 MAY_CHANGE = {
-    "steps", "bucket_mb", "first_bucket_mb", "check_every", "timeout", "out", "resume", "save_every_epochs", "save_every_steps",
-    "keep", "record_every", "trace", "trace_steps", "device", "threads", "debug", "dry_run",
+    "steps", "bucket_mb", "first_bucket_mb", "overlap", "check_every", "timeout", "out", "resume", "save_every_epochs",
+    "save_every_steps", "keep", "record_every", "trace", "trace_steps", "device", "threads", "debug", "dry_run",
 }
 COMPANY = {"image": ["--dataset", "synthetic"], "channels": ["--dataset", "synthetic"]}
 

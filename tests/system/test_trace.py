@@ -98,6 +98,15 @@ def test_buckets_are_under_way_while_backward_goes_on(run):
                 assert beside and not {"input", "update"} & set(beside), (rank, k)
 
 
+def test_without_overlap_backward_is_over_before_anything_is_summed(run, tmp_path):
+    succeed(2, tmp_path, "--trace", str(tmp_path / "new" / "t.json.gz"), "--no-overlap", base=BASE)
+    assert sha(tmp_path) == sha(run)
+    rows = spans(tmp_path)
+    last = [end for _, end, name, _ in rows[0, "device"] if name == "conv1.weight.grad.reduce"]
+    sums = [begin for begin, _, name, _ in rows[0, "MPI"] if name.startswith("the parts of bucket 0")]
+    assert len(last) == len(sums) == 6 and all(end < begin for end, begin in zip(last, sums, strict=True))
+
+
 def test_sums_of_a_bucket_lie_within_it(run):
     for rank in (0, 1):
         for begin, end, name, _ in spans(run)[rank, "MPI"]:
