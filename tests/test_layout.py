@@ -33,14 +33,14 @@ LAYERS = [
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
     ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.worker"],
     ["bench.layers", "bench.ops", "bench.picture"],
-    ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune"],
+    ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
 ]
 ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
                "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events", "explain"]
-WITHOUT_BOTH += ["datasets.*"]
+WITHOUT_BOTH += ["datasets.*", "trace", "timeline"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "child", "step", "memory", "picture", "theirs")]
 
 NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "tile", "transform"}
