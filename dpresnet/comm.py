@@ -11,7 +11,6 @@ thread; only ``abort`` may be called from any.
 Python objects travel between the ranks of a job by pickle; nothing that is read from a file is ever unpickled.
 """
 
-import atexit
 import faulthandler
 import os
 import pickle
@@ -19,10 +18,8 @@ import socket
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +27,7 @@ import numpy as np
 
 from dpresnet.errors import Late, Refused
 from dpresnet.events import GAVE_UP, Event, Note, Ring, Traffic, describe, missing, read
+from dpresnet.launcher import Launch, join, launched, library
 
 JOIN_LIMIT_S = 300.0  # all ranks have entered MPI_Init by then, or one never will
 DELIVERY_S = 0.3  # what a rank prints before an abort reaches the launcher in this time, if at all
@@ -59,34 +57,6 @@ def wait_until(done: Callable[[], bool], spin: float = SPIN_S, late: Callable[[f
         else:
             late(seconds)
             time.sleep(NAP_S)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says in the environment; ``size`` is 0 where it does not tell."""
-
-    name: str
-    size: int
-    rank: int
-
-
-# Order matters: mpirun inside a Slurm job starts its own daemons with srun, so a rank sees the variables of both.
-_LAUNCHERS = (
-    ("Open MPI's mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("a Hydra mpirun (MPICH, Intel MPI)", "PMI_SIZE", "PMI_RANK"),
-    ("MVAPICH's mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
-    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-    ("a PMIx launcher", "", "PMIX_RANK"),
-    ("PALS mpiexec", "", "PALS_RANKID"),
-)
-
-
-def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """The launcher that started this process, or None."""
-    for name, size, rank in _LAUNCHERS:
-        if (size or rank) in environ:
-            return Launch(name, int(environ.get(size, 0)), int(environ.get(rank, 0)))
-    return None
 
 
 def connect(debug: bool = False) -> "Comm":
@@ -203,7 +173,7 @@ class World:
     """
 
     def __init__(self, launch: Launch) -> None:
-        mpi = _join(launch)
+        mpi = join(launch)
         self._mpi = mpi
         self.lock = threading.Lock()
         self.events, self.timeout, self._folder = Ring(), 0.0, None
@@ -214,7 +184,7 @@ class World:
         self.rank, self.size = self._comm.rank, self._comm.size
         self.local_rank, self.local_size = self._node.rank, self._node.size
         self.host = socket.gethostname()
-        self.mpi_library = _library(mpi)
+        self.mpi_library = library(mpi)
 
     def _start(self, channel: str, operation: Callable[..., Any], *arguments: Any, nbytes: int = 0, what: str = "") -> Request:
         note = self.events.begin(channel, nbytes, what)
@@ -355,42 +325,3 @@ class World:
 
 
 Comm = Solo | World
-
-
-def _join(launch: Launch) -> Any:
-    """mpi4py's MPI module, initialised; Refused if it cannot be what ``launch`` started."""
-    try:
-        import mpi4py
-
-        mpi4py.rc.initialize = False
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise Refused(
-            f"{launch.name} started {launch.size or 'several'} processes, but MPI cannot be loaded ({reason}): "
-            "install mpi4py and the MPI that this launcher belongs to"
-        ) from error
-    # MPI_Init of an MPICH library ends the process with an internal error when it finds Open MPI's launcher.
-    if launch.name.startswith("Open MPI") and "MPICH" in MPI.Get_library_version():
-        raise _strangers(launch, MPI)
-    if not MPI.Is_initialized():
-        with warnings.catch_warnings(action="ignore"):  # mpi4py's hint at what _strangers says with a remedy
-            MPI.Init_thread(MPI.THREAD_SERIALIZED)
-        atexit.register(MPI.Finalize)
-    if MPI.COMM_WORLD.size == 1 < launch.size:
-        raise _strangers(launch, MPI)
-    return MPI
-
-
-def _library(mpi: Any) -> str:
-    """Name and version of the MPI library, such as ``MPICH 5.0.2`` or ``Open MPI v5.0.11``."""
-    first = mpi.Get_library_version().splitlines()[0]
-    return " ".join(first.split(",")[0].replace("Version:", "").split())
-
-
-def _strangers(launch: Launch, mpi: Any) -> Refused:
-    return Refused(
-        f"{launch.name} started {launch.size} processes, but mpi4py loaded {_library(mpi)}, which that launcher does "
-        "not belong to, so each process is alone: start with the mpirun of that library "
-        "(`python -m mpi4py --mpi-lib-version` shows it), or choose the library with MPI4PY_LIBMPI=/path/to/libmpi.so"
-    )

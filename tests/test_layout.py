@@ -18,6 +18,7 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 LAYERS = [
     ["trace"],
     ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
+    ["launcher"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags"],
@@ -38,7 +39,7 @@ LAYERS = [
 ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
                "tuning"]  # fmt: skip
-WITHOUT_OPENCL = ["comm", "exchange", "buckets", "failure"]
+WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events", "explain"]
 WITHOUT_BOTH += ["datasets.*", "trace", "timeline"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "child", "step", "memory", "picture", "theirs")]

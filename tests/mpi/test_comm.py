@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dpresnet import comm
-from dpresnet.comm import Launch, Solo, launched
+from dpresnet.comm import Solo
+from dpresnet.launcher import Launch, launched
 from tests.launching import mpirun, python
 
 WORKER = str(Path(__file__).with_name("worker_comm.py"))

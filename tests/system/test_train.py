@@ -298,7 +298,7 @@ def test_other_mathematics_are_not_resumed(reference, tmp_path):
 def test_ranks_with_different_flags_are_told_apart(tmp_path):
     script = tmp_path / "differ.py"
     script.write_text(
-        "import sys\nfrom dpresnet.comm import launched\nfrom dpresnet import train\n"
+        "import sys\nfrom dpresnet.launcher import launched\nfrom dpresnet import train\n"
         "sys.argv += ['--lr', str(0.1 + launched().rank)]\ntrain.main()\n"
     )
     done = mpirun(2, [str(script), "--out", str(tmp_path / "run")], timeout=60)
