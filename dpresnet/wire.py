@@ -6,8 +6,9 @@
           bits of precision, over the range of fp32 (block floating point; Wilkinson 1963, chapter 1)
 
 With 16 bits the contribution of each replica is rounded once, before anything is added, and the sum over all replicas once
-more, before it is handed out. Whatever is added in between is fp32. So the bits do not depend on the number of ranks; and as
-gradients lie on multiples of 128 values in their arena, not on where buckets end either.
+more, before it is handed out. Whatever is added in between is fp32, and what has been rounded may travel again: it stays as
+it is. So the bits do not depend on the number of ranks; and as gradients lie on multiples of 128 values in their arena, not
+on where buckets end either.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 BLOCK = 128  # neighbours in the gradient arena that share a power of two: `dpresnet.device.ALIGNMENT` bytes of fp32
-LARGEST = 15  # fp16: the largest of them is less than 2^15 before it is rounded
+LARGEST = 15  # fp16: the largest of them is at most 2^15, before and after it is rounded
 CHUNK = 2**15  # values that are rounded at a time
 LEAST = LARGEST - 127  # exponent of a block's largest value: 2^(LARGEST - LEAST) is still an fp32 number
 
@@ -120,7 +121,7 @@ class Fp16(Rounding):
     def _write(self, values: np.ndarray, message: np.ndarray) -> None:
         rows, target = values.reshape(-1, BLOCK), message.view(np.uint16).reshape(-1, BLOCK + 1)
         largest = (rows.view(np.int32) & 0x7FFFFFFF).max(axis=1)  # bits, which order as magnitudes do; NaN above infinity
-        exponents = np.maximum((largest >> 23) - 126, LEAST)
+        exponents = np.maximum(((largest - 1) >> 23) - 126, LEAST)  # 2^15 too keeps its exponent, when it travels again
         target[:, BLOCK] = exponents.astype(np.int16).view(np.uint16)
         target[:, :BLOCK].view(np.float16)[:] = rows * np.ldexp(np.float32(1), LARGEST - exponents)[:, None]
 

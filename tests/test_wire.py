@@ -79,10 +79,20 @@ def test_a_message_is_those_of_its_parts(name):
     np.testing.assert_array_equal(np.concatenate(parts), wire.encode(values))
 
 
+@each
 @pytest.mark.parametrize("name", WIRES)
-def test_what_is_rounded_once_stays(name):
-    values = WIDE.astype(np.float32)
-    WIRES[name].round(values)
-    again = values.copy()
-    WIRES[name].round(again)
-    np.testing.assert_array_equal(again, values)
+def test_what_is_rounded_once_stays(name, values):
+    """A replica's contribution may travel twice."""
+    once = sent(name, values)
+    np.testing.assert_array_equal(sent(name, once).view(np.uint32), once.view(np.uint32))
+
+
+@pytest.mark.parametrize("largest", [np.nextafter(np.float32(1), np.float32(0)), 1.0, np.nan, np.inf])
+def test_a_largest_value_that_is_rounded_up_keeps_the_power_of_two_of_its_block(largest):
+    """The smallest of its neighbours would be rounded once more, at a step twice as wide, if they travelled again."""
+    values = np.full(BLOCK, 3 * 2.0**-39, np.float32)
+    values[0] = largest
+    once = sent("fp16", values)
+    np.testing.assert_array_equal(sent("fp16", once), once)
+    if np.isfinite(largest):
+        assert once[0] == 1 and once[1] == values[1]
