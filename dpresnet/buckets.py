@@ -77,7 +77,7 @@ class Allreduce(ABC):
         self._comm, self._replicas = comm, replicas
         self._local = replicas // comm.size
         self._own = range(comm.rank * self._local, (comm.rank + 1) * self._local)
-        self._nodes = tree.maximal_nodes(replicas, self._own.start, self._own.stop)
+        self._nodes = tree.maximal_nodes(replicas, self._own)
         self._lengths = [bucket.stop - bucket.start for bucket in buckets]
         self._forget()
 
@@ -199,7 +199,7 @@ class TreeAllreduce(Allreduce):
         self._wire = wire
         if odd := [n for n in self._lengths if n % wire.unit]:
             raise ValueError(f"a bucket of {odd[0]} values cannot travel as {wire.name}: use multiples of {wire.unit}")
-        nodes = [tree.maximal_nodes(replicas, r * self._local, (r + 1) * self._local) for r in range(comm.size)]
+        nodes = [tree.maximal_nodes(replicas, range(r * self._local, (r + 1) * self._local)) for r in range(comm.size)]
         self._segments = [segments(n, comm.size, wire.unit) for n in self._lengths]
         most = max(map(len, nodes)) if comm.size > 1 else 0  # one rank has every sum already
         self._rounds = [[_Round(j, comm.rank, nodes, lengths, wire) for j in range(most)] for lengths in self._segments]

@@ -75,5 +75,5 @@ def group_nodes(group: int, lo: int, hi: int) -> list[Node]:
     return [
         (start + a, start + b)
         for start in range(lo - lo % group, hi, group)
-        for a, b in tree.maximal_nodes(group, lo - start, hi - start)
+        for a, b in tree.maximal_nodes(group, range(lo - start, hi - start))
     ]

@@ -6,7 +6,8 @@ so whoever adds ``left + right`` at a node gets the same bits, however the repli
     V = 4: ((0+1)+(2+3))        V = 5: (((0+1)+2)+(3+4))
 """
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,20 +18,19 @@ def middle(lo: int, hi: int) -> int:
     return (lo + hi + 1) // 2
 
 
-def maximal_nodes(replicas: int, lo: int, hi: int) -> list[tuple[int, int]]:
-    """The largest nodes of the tree over [0, replicas) that lie wholly inside [lo, hi), from left to right.
+def maximal_nodes(replicas: int, owned: Sequence[int]) -> list[tuple[int, int]]:
+    """The largest nodes of the tree over [0, replicas) of which every replica is ``owned`` (ascending), from left to right.
 
-    They partition [lo, hi), and their sums are all that the owner of these replicas has to hand over: one sum where
-    replicas and ranks are powers of two, a few otherwise.
+    They partition the owned replicas, and their sums are all that the owner has to hand over: one sum for a range where
+    replicas and ranks are powers of two, a few otherwise, and more where the replicas are not neighbours.
     """
 
-    def inside(a: int, b: int) -> list[tuple[int, int]]:
-        if b <= lo or hi <= a:
-            return []
-        if lo <= a and b <= hi:
-            return [(a, b)]
-        mid = middle(a, b)
-        return inside(a, mid) + inside(mid, b)
+    def inside(lo: int, hi: int) -> list[tuple[int, int]]:
+        count = bisect_left(owned, hi) - bisect_left(owned, lo)
+        if count in (0, hi - lo):
+            return [(lo, hi)] if count else []
+        mid = middle(lo, hi)
+        return inside(lo, mid) + inside(mid, hi)
 
     return inside(0, replicas)
 

@@ -39,7 +39,7 @@ def test_combination_order(v, text):
 @pytest.mark.parametrize(("v", "p"), DIVISIONS)
 def test_maximal_nodes_partition_each_rank(v, p):
     for lo, hi in ranges(v, p):
-        nodes = tree.maximal_nodes(v, lo, hi)
+        nodes = tree.maximal_nodes(v, range(lo, hi))
         assert [i for a, b in nodes for i in range(a, b)] == list(range(lo, hi))
         assert set(nodes) <= all_nodes(0, v)
 
@@ -50,13 +50,27 @@ def test_nodes_are_maximal(v, p):
     for lo, hi in ranges(v, p):
         fitting = [(a, b) for a, b in all_nodes(0, v) if lo <= a and b <= hi]
         largest = [(a, b) for a, b in fitting if not any((c, d) != (a, b) and c <= a and b <= d for c, d in fitting)]
-        assert tree.maximal_nodes(v, lo, hi) == sorted(largest)
+        assert tree.maximal_nodes(v, range(lo, hi)) == sorted(largest)
 
 
 def test_powers_of_two_send_one_node():
     for i, j in itertools.combinations_with_replacement(range(6), 2):
         v, p = 2**j, 2**i
-        assert all(len(tree.maximal_nodes(v, lo, hi)) == 1 for lo, hi in ranges(v, p))
+        assert all(len(tree.maximal_nodes(v, range(lo, hi))) == 1 for lo, hi in ranges(v, p))
+
+
+@pytest.mark.parametrize("v", range(1, 33))
+def test_maximal_nodes_of_any_replicas(v):
+    """Against the definition: they lie inside, cover all, are disjoint, and no parent of theirs lies inside."""
+    draw = np.random.default_rng(v)
+    subsets = [[], list(range(v)), list(range(0, v, 2)), list(range(1, v, 2))]
+    subsets += [sorted(draw.permutation(v)[:n].tolist()) for n in draw.integers(0, v + 1, 40)]
+    for owned in subsets:
+        nodes = tree.maximal_nodes(v, owned)
+        assert [i for lo, hi in nodes for i in range(lo, hi)] == owned
+        assert set(nodes) <= all_nodes(0, v)
+        larger = [(a, b) for lo, hi in nodes for a, b in all_nodes(0, v) if a <= lo and hi <= b and (a, b) != (lo, hi)]
+        assert not any(set(range(a, b)) <= set(owned) for a, b in larger)
 
 
 def wild(v, n=97, seed=0):
@@ -77,7 +91,7 @@ def test_sum_over_ranks_has_the_bits_of_the_direct_recursion(v, p):
     x = wild(v)
     partial = {}
     for lo, hi in ranges(v, p):
-        for node in tree.maximal_nodes(v, lo, hi):
+        for node in tree.maximal_nodes(v, range(lo, hi)):
             partial[node] = tree.fold(*node, lambda a, b: x[a] if b - a == 1 else None, np.add)
     total = tree.fold(0, v, lambda a, b: partial.get((a, b)), np.add)
     assert total.tobytes() == direct(x, 0, v).tobytes()
