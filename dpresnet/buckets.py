@@ -6,19 +6,25 @@ segment per rank, and the segments are exchanged (all-to-all): every rank then h
 completes the tree there, and hands the result to everybody (all-gather). That moves no more data than an ordinary
 all-reduce, and it gives the same bits for every number of ranks, because the tree depends on the number of replicas alone.
 
+With several ranks on each of several nodes there are two stages (``comm.groups``). The ranks of a node exchange first; each
+completes as much of the tree in its segment as the replicas of the node cover, and exchanges that, in smaller segments, with
+the ranks that hold the same segment on the other nodes. The results go back the same way. So a node sends a sum of its
+replicas once to the others, instead of a part from every rank.
+
 `MpiAllreduce` leaves the sum over ranks, and its order, to the MPI library.
 
 MPI makes no progress on its own: whoever is busy elsewhere calls ``progress()`` now and then.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from dpresnet import trace, tree
-from dpresnet.comm import BULK_SPIN_S, Comm
+from dpresnet.comm import BULK_SPIN_S, Comm, Group, Level, Request
 from dpresnet.wire import WIRES, Wire
 
 # Each poll moves one small piece of the data (under MPICH on one node). So progress() polls several times, and wait() does
@@ -89,7 +95,7 @@ class Allreduce(ABC):
         self._waiting: dict[int, Iterator[None]] = {}  # started, but an earlier bucket is not
         self._running: list[Iterator[None]] = []
         self._launched = 0  # buckets 0 .. launched-1 have been sent
-        self._spread = 0  # buckets 0 .. spread-1 have been summed and handed out
+        self._begun: Counter[str] = Counter()  # buckets 0 .. begun[operation]-1 have begun an operation
 
     @property
     def running(self) -> bool:
@@ -170,7 +176,7 @@ class MpiAllreduce(Allreduce):
 
 
 class _Round:
-    """What the ranks exchange at the same time: the j-th node of each, or nothing where a rank has fewer.
+    """What the ranks of a group exchange at the same time: the j-th node of each, or nothing where a rank has fewer.
 
     A single replica's contribution travels in the wire's format, a sum in fp32, so that nothing is rounded twice.
     """
@@ -189,6 +195,39 @@ class _Round:
         return {node: of.decode(message) for node, of, message in messages if node}
 
 
+class _Stage:
+    """How ``n`` values of a bucket go through a group: every rank gets one segment of them, sums there what the group holds,
+    and gives it back to the group.
+
+    ``held``: the nodes that each rank of the job has sums of before the stage; ``sums``: those that this one has after it.
+    """
+
+    def __init__(self, group: Group, held: list[list[Node]], sums: list[Node], n: int, wire: Wire) -> None:
+        lengths, nodes = segments(n, group.size, wire.unit), [held[rank] for rank in group.ranks]
+        rounds = range(max(map(len, held)))  # also where this group needs fewer: every group starts as many operations
+        self._group, self._sums = group, sums
+        self._rounds = [_Round(j, group.rank, nodes, lengths, wire) for j in rounds]
+        self._counts = [wire.nbytes(length) for length in lengths]
+        self.own_length, self.nbytes = lengths[group.rank], wire.nbytes(n)  # of this rank's segment; of what is given back
+
+    def scatter(self, sums: list[np.ndarray], what: str) -> list[Request]:
+        """Starts giving every rank its segments of this rank's ``sums`` [n]; the messages stay alive with the requests."""
+        nothing, requests = np.empty(0, np.uint8), []
+        for j, of in enumerate(self._rounds):
+            message = of.format.encode(sums[j]) if j < len(sums) else nothing
+            requests.append(self._group.start_alltoall(message, of.send_counts, of.received, of.counts, what))
+        return requests
+
+    def fold(self) -> list[np.ndarray]:
+        """The sums in this rank's segment, once all parts have arrived."""
+        parts = {node: part for of in self._rounds for node, part in of.parts().items()}
+        return [tree.fold(*node, lambda lo, hi: parts.get((lo, hi)), _add) for node in self._sums]
+
+    def gather(self, message: np.ndarray, received: np.ndarray, what: str) -> Request:
+        """Starts joining the ranks' messages in ``received`` [nbytes]; they are the sums in the wire's format."""
+        return self._group.start_allgather(message, received, self._counts, what)
+
+
 class TreeAllreduce(Allreduce):
     """The sums are those of ``tree.fold``, bit for bit, for any number of ranks that divides ``replicas``. With a ``wire`` of
     16 bits each replica's contribution is rounded, and the sum: see `dpresnet.wire`.
@@ -199,10 +238,14 @@ class TreeAllreduce(Allreduce):
         self._wire = wire
         if odd := [n for n in self._lengths if n % wire.unit]:
             raise ValueError(f"a bucket of {odd[0]} values cannot travel as {wire.name}: use multiples of {wire.unit}")
-        nodes = [tree.maximal_nodes(replicas, range(r * self._local, (r + 1) * self._local)) for r in range(comm.size)]
-        self._segments = [segments(n, comm.size, wire.unit) for n in self._lengths]
-        most = max(map(len, nodes)) if comm.size > 1 else 0  # one rank has every sum already
-        self._rounds = [[_Round(j, comm.rank, nodes, lengths, wire) for j in range(most)] for lengths in self._segments]
+        held = [tree.maximal_nodes(replicas, range(r * self._local, (r + 1) * self._local)) for r in range(comm.size)]
+        lengths = self._lengths
+        self._stages: list[tuple[_Stage, ...]] = [() for _ in lengths]
+        for group in comm.groups:
+            joined = _joined(replicas, held, group.level)
+            stages = [_Stage(group, held, joined[comm.rank], n, wire) for n in lengths]
+            self._stages = [(*before, stage) for before, stage in zip(self._stages, stages, strict=True)]
+            held, lengths = joined, [stage.own_length for stage in stages]
 
     def _reduce(self, k: int, leaves: list[np.ndarray], out: np.ndarray) -> Iterator[None]:
         for leaf in leaves if self._comm.size == 1 or len(leaves) > 1 else ():  # others are rounded on their way
@@ -213,28 +256,43 @@ class TreeAllreduce(Allreduce):
             if not np.may_share_memory(out, sums[0]):
                 out[:] = sums[0]
             return
-        requests = self._exchange(k, sums)
-        # The all-gathers of several buckets share a communicator, so they too have to start in the order of the plan.
-        while not (all([r.test() for r in requests]) and self._spread == k):  # a list: each request is to be tested
-            yield
-        parts = {node: part for of in self._rounds[k] for node, part in of.parts().items()}
-        total = tree.fold(0, self._replicas, lambda lo, hi: parts.get((lo, hi)), _add)
-        message, received = self._wire.encode(total), self._wire.room(out)
-        counts = [self._wire.nbytes(n) for n in self._segments[k]]
-        request = self._comm.start_allgather(message, received, counts, f"the sum of bucket {k}")
-        self._spread += 1
-        while not request.test():
-            yield
-        self._wire.decode(received, out)
+        stages = self._stages[k]
+        for level, stage in enumerate(stages):
+            yield from self._turn(k, f"scatter {level}")
+            yield from _ended(stage.scatter(sums, f"the parts of bucket {k}"))
+            sums = stage.fold()
+        message = self._wire.encode(sums[0])
+        for level, stage in reversed(list(enumerate(stages))):
+            received = np.empty(stage.nbytes, np.uint8) if level else self._wire.room(out)
+            yield from self._turn(k, f"gather {level}")
+            yield from _ended([stage.gather(message, received, f"the sum of bucket {k}")])
+            message = received
+        self._wire.decode(message, out)
 
-    def _exchange(self, k: int, sums: list[np.ndarray]) -> list:
-        """Starts giving every rank its segments of this rank's sums; the messages stay alive with the requests."""
-        nothing, requests = np.empty(0, np.uint8), []
-        for j, of in enumerate(self._rounds[k]):
-            message = of.format.encode(sums[j]) if j < len(sums) else nothing
-            arrays = message, of.send_counts, of.received, of.counts
-            requests.append(self._comm.start_alltoall(*arrays, f"the parts of bucket {k}"))
-        return requests
+    def _turn(self, k: int, operation: str) -> Iterator[None]:
+        """Ends when all buckets before ``k`` have begun an operation: buckets share its communicator, so on every rank they
+        have to begin it in the order of the plan, though what comes before it may end in another.
+        """
+        while self._begun[operation] < k:
+            yield
+        self._begun[operation] += 1
+
+
+def _ended(requests: list[Request]) -> Iterator[None]:
+    """Ends when they have."""
+    while not all([request.test() for request in requests]):  # a list: each is to be tested
+        yield
+
+
+def _joined(replicas: int, held: list[list[Node]], level: Level) -> list[list[Node]]:
+    """The maximal nodes of each rank when the ranks of every group have put together the nodes that they ``held``."""
+    joined = list(held)
+    for ranks in level:
+        owned = sorted(replica for rank in ranks for node in held[rank] for replica in range(*node))
+        nodes = tree.maximal_nodes(replicas, owned)
+        for rank in ranks:
+            joined[rank] = nodes
+    return joined
 
 
 def allreduce(comm: Comm, replicas: int, buckets: Sequence[slice], reduce: str = "tree", wire: str = "fp32") -> Allreduce:

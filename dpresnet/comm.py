@@ -38,6 +38,8 @@ NAP_S = 5e-5  # then between naps of this length
 STOPPED_S = 1.0  # longer between two looks, and the process itself has been stopped for a while: that is nobody's delay
 LOOK_LIMIT_S = 10.0  # a folder that does not answer must not keep a rank from ending
 
+Level = list[list[int]]  # the ranks of every group that sums at the same time
+
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
@@ -81,6 +83,7 @@ class Solo:
     """One process: every collective is the identity."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
+    groups: Sequence["Group"] = ()
     timeout = 0.0
     traffic = Traffic()
 
@@ -112,16 +115,6 @@ class Solo:
 
     def node_barrier(self) -> None:
         pass
-
-    def start_alltoall(
-        self, send: np.ndarray, send_counts: Any, recv: np.ndarray, recv_counts: Any, what: str = ""
-    ) -> "Done":
-        recv[:] = send
-        return Done()
-
-    def start_allgather(self, send: np.ndarray, recv: np.ndarray, recv_counts: Any, what: str = "") -> "Done":
-        recv[:] = send
-        return Done()
 
     def start_allreduce(self, values: np.ndarray, what: str = "") -> "Done":
         return Done()
@@ -162,12 +155,61 @@ class Request:
         self._world.wait_until(self.test, BULK_SPIN_S if self._world._under_way > 1 else SPIN_S)
 
 
+def levels(nodes: Sequence[int]) -> list[Level]:
+    """Who sums with whom, from the node of every rank: first the ranks of a node, then those in the same place on all nodes,
+    so that a node sends each of its sums once.
+
+    All at once where that saves nothing (one node, or one rank on each), or where nodes hold different numbers of ranks.
+    """
+    members: dict[int, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        members.setdefault(node, []).append(rank)
+    within = list(members.values())
+    sizes = {len(ranks) for ranks in within}
+    if len(within) > 1 and len(sizes) == 1 and sizes != {1}:
+        return [within, [sorted(ranks) for ranks in zip(*within, strict=True)]]
+    return [[list(range(len(nodes)))]] if len(nodes) > 1 else []
+
+
+class Group:
+    """``ranks`` of a job that sum among themselves: number ``mine`` of the groups of a ``level``, which all do the same.
+
+    All-to-alls and all-gathers have a communicator and a channel each. An operation has one number on all ranks of the job
+    (see `dpresnet.events`), so every group has to start as many as the others.
+    """
+
+    def __init__(self, world: "World", comm: Any, level: Level, mine: int, suffix: str, where: str) -> None:
+        self._start, self._alltoall, self._allgather = world.start, comm, comm.Dup()
+        self._suffix, self._where = suffix, where
+        self.level, self.ranks = level, level[mine]
+        self.rank, self.size = comm.rank, comm.size
+
+    def start_alltoall(
+        self, send: np.ndarray, send_counts: Sequence[int], recv: np.ndarray, recv_counts: Sequence[int], what: str = ""
+    ) -> Request:
+        """Start giving ``send_counts[i]`` bytes of ``send`` (uint8) to ``ranks[i]``, and taking ``recv_counts[i]``."""
+        arrays = [send, send_counts], [recv, recv_counts]
+        sent = send.nbytes - send_counts[self.rank]
+        return self._begin("alltoall", self._alltoall.Ialltoallv, arrays, send.nbytes, sent, what)
+
+    def start_allgather(self, send: np.ndarray, recv: np.ndarray, recv_counts: Sequence[int], what: str = "") -> Request:
+        """Start joining the bytes ``send`` of all ranks, ``recv_counts[i]`` from ``ranks[i]``, in ``recv`` (both uint8)."""
+        arrays = send, [recv, recv_counts]
+        sent = send.nbytes * (self.size - 1)
+        return self._begin("allgather", self._allgather.Iallgatherv, arrays, send.nbytes, sent, what)
+
+    def _begin(self, kind: str, operation: Callable[..., Any], arrays: tuple, nbytes: int, sent: int, what: str) -> Request:
+        return self._start(kind + self._suffix, operation, *arrays, nbytes=nbytes, sent=sent, what=what + self._where)
+
+
 class World:
     """The ranks of an MPI job. Arrays are C-contiguous; operations of one kind start in the same order on all ranks.
 
     Each kind of operation that may be under way at the same time has a communicator of its own, because MPI matches
     collectives by the order in which they start on a communicator. ``lock`` is held for each (short) MPI call: MPI is
     initialised with MPI_THREAD_SERIALIZED, and ``abort`` may come from another thread.
+
+    ``groups``: with whom this rank sums, in turn; with nobody if it is alone.
 
     ``timeout``: a rank that waits longer, in seconds, says for what and for whom, and fails; 0: it waits for ever.
     """
@@ -179,14 +221,29 @@ class World:
         self.events, self.timeout, self._folder = Ring(), 0.0, None
         self._sent_bytes, self._active_s, self._waited_s = 0, 0.0, 0.0
         self._under_way, self._since = 0, 0.0  # operations, and since when there are any
-        self._comm, self._alltoall, self._allgather, self._exit = (mpi.COMM_WORLD.Dup() for _ in range(4))
+        self._comm, self._allreduce, self._exit = (mpi.COMM_WORLD.Dup() for _ in range(3))
         self._node = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
         self.rank, self.size = self._comm.rank, self._comm.size
         self.local_rank, self.local_size = self._node.rank, self._node.size
+        self.groups = self._own_groups(self._comm.allgather(self._node.bcast(self.rank)))  # a node by its first rank
         self.host = socket.gethostname()
         self.mpi_library = library(mpi)
 
-    def _start(self, channel: str, operation: Callable[..., Any], *arguments: Any, nbytes: int = 0, what: str = "") -> Request:
+    def _own_groups(self, nodes: Sequence[int]) -> list[Group]:
+        """The group of this rank on each level."""
+        divisions = levels(nodes)
+        words = [("-1", " within the node"), ("-2", " between nodes")] if len(divisions) > 1 else [("", "")]
+        groups = []
+        for level, (suffix, where) in zip(divisions, words, strict=False):  # a single rank has no level
+            mine = next(i for i, ranks in enumerate(level) if self.rank in ranks)
+            groups.append(Group(self, self._comm.Split(mine), level, mine, suffix, where))
+        return groups
+
+    def start(
+        self, channel: str, operation: Callable[..., Any], *arguments: Any, nbytes: int = 0, sent: int = 0, what: str = ""
+    ) -> Request:
+        """Start an MPI operation with a message of ``nbytes``, of which ``sent`` go to others, counted once for each."""
+        self._sent_bytes += sent
         note = self.events.begin(channel, nbytes, what)
         if not self._under_way:
             self._since = time.perf_counter()
@@ -246,24 +303,23 @@ class World:
         """``a`` (same shape and dtype on all ranks) of every rank, as [size, *a.shape]."""
         a = np.asarray(a, order="C")
         out = np.empty((self.size, *a.shape), a.dtype)
-        self._sent_bytes += a.nbytes * (self.size - 1)
-        self._start("exchange", self._comm.Iallgather, a, out, nbytes=a.nbytes).wait()
+        self.start("exchange", self._comm.Iallgather, a, out, nbytes=a.nbytes, sent=a.nbytes * (self.size - 1)).wait()
         return out
 
     def agree(self, flags: np.ndarray | Sequence[int]) -> np.ndarray:
         """The maximum over the ranks of each of the integers ``flags``."""
         flags = np.asarray(flags, np.int64, order="C")
         out = np.empty_like(flags)
-        self._start("exchange", self._comm.Iallreduce, flags, out, self._mpi.MAX).wait()
+        self.start("exchange", self._comm.Iallreduce, flags, out, self._mpi.MAX).wait()
         return out
 
     def bcast(self, obj: Any) -> Any:
         """Rank 0's ``obj`` (anything that pickles) on all ranks."""
         data = np.frombuffer(pickle.dumps(obj if self.rank == 0 else None, protocol=5), np.uint8)
         size = np.array([data.size])
-        self._start("exchange", self._comm.Ibcast, size, 0, nbytes=size.nbytes).wait()
+        self.start("exchange", self._comm.Ibcast, size, 0, nbytes=size.nbytes).wait()
         data = data.copy() if self.rank == 0 else np.empty(size[0], np.uint8)
-        self._start("exchange", self._comm.Ibcast, data, 0, nbytes=data.nbytes).wait()
+        self.start("exchange", self._comm.Ibcast, data, 0, nbytes=data.nbytes).wait()
         return obj if self.rank == 0 else pickle.loads(data)
 
     def gather(self, obj: Any) -> list[Any]:
@@ -276,36 +332,22 @@ class World:
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
-        self._start("exchange", self._comm.Ibarrier).wait()
+        self.start("exchange", self._comm.Ibarrier).wait()
 
     def node_barrier(self) -> None:
         """Returns when all ranks that share memory with this one have called it."""
-        self._start("node", self._node.Ibarrier).wait()
-
-    def start_alltoall(
-        self, send: np.ndarray, send_counts: Sequence[int], recv: np.ndarray, recv_counts: Sequence[int], what: str = ""
-    ) -> Request:
-        """Start giving ``send_counts[r]`` bytes of ``send`` (uint8) to rank r and taking ``recv_counts[r]`` into ``recv``."""
-        self._sent_bytes += send.nbytes - send_counts[self.rank]
-        arrays = [send, send_counts, self._mpi.BYTE], [recv, recv_counts, self._mpi.BYTE]
-        return self._start("alltoall", self._alltoall.Ialltoallv, *arrays, nbytes=send.nbytes, what=what)
-
-    def start_allgather(self, send: np.ndarray, recv: np.ndarray, recv_counts: Sequence[int], what: str = "") -> Request:
-        """Start joining the bytes ``send`` of all ranks, ``recv_counts[r]`` from rank r, in ``recv`` (both uint8)."""
-        self._sent_bytes += send.nbytes * (self.size - 1)
-        arrays = [send, self._mpi.BYTE], [recv, recv_counts, self._mpi.BYTE]
-        return self._start("allgather", self._allgather.Iallgatherv, *arrays, nbytes=send.nbytes, what=what)
+        self.start("node", self._node.Ibarrier).wait()
 
     def start_allreduce(self, values: np.ndarray, what: str = "") -> Request:
         """Start adding the float32 ``values`` of all ranks, in place, in an order that the MPI library chooses."""
-        self._sent_bytes += 2 * values.nbytes * (self.size - 1) // self.size
+        sent = 2 * values.nbytes * (self.size - 1) // self.size
         arguments = self._mpi.IN_PLACE, values, self._mpi.SUM
-        return self._start("allreduce", self._allgather.Iallreduce, *arguments, nbytes=values.nbytes, what=what)
+        return self.start("allreduce", self._allreduce.Iallreduce, *arguments, nbytes=values.nbytes, sent=sent, what=what)
 
     def farewell(self, word: bytes, patience: float) -> list[bytes] | None:
         """The words (of equal length) of all ranks, or None if not all say one within ``patience`` seconds."""
         words = np.empty((self.size, len(word)), np.uint8)
-        request = self._start("farewell", self._exit.Iallgather, np.frombuffer(word, np.uint8), words)
+        request = self.start("farewell", self._exit.Iallgather, np.frombuffer(word, np.uint8), words)
         limit = time.perf_counter() + patience
         wait_until(lambda: request.test() or time.perf_counter() > limit)
         return [row.tobytes() for row in words] if request.test() else None

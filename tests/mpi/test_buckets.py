@@ -1,6 +1,7 @@
 """The bucketed sum in real jobs: for every number of ranks the bits of one process, whatever order and size."""
 
 import json
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,13 +25,65 @@ MIB = 2**20
 )  # fmt: skip
 def test_same_bits_for_every_number_of_ranks(wire, replicas, ranks):
     """Each worker compares itself with the fold over all replicas; here the digests of all jobs are compared."""
+    digest = digest_of_one_process(wire, replicas)
+    for n in ranks:
+        found = summed(n, wire, replicas)
+        assert (found["ranks"], found["digest"], found["levels"]) == (n, digest, int(n > 1))
+
+
+@cache
+def digest_of_one_process(wire, replicas):
     alone = python([WORKER, replicas, 7, "tree", wire])
     assert alone.returncode == 0, alone.stderr
-    digest = alone.stdout.split()[1]
-    for n in ranks:
-        job = mpirun(n, [WORKER, replicas, 7, "tree", wire])
-        assert job.returncode == 0, job.stderr
-        assert job.stdout.split() == [str(n), digest]
+    return json.loads(alone.stdout)["digest"]
+
+
+def summed(ranks, wire, replicas, **env):
+    job = mpirun(ranks, [WORKER, replicas, 7, "tree", wire], env=env)
+    assert job.returncode == 0, job.stderr
+    return json.loads(job.stdout)
+
+
+# MPICH can pretend that the ranks of one machine sit on several nodes; another MPI ignores these variables.
+NEIGHBOURS = {"MPIR_CVAR_CLIQUES_BY_BLOCK": "1"}  # 0 0 1 1
+IN_TURN: dict[str, str] = {}  # 0 1 0 1
+TEXTS = [
+    "allgather-1: the sum of bucket 3 within the node", "allgather-2: the sum of bucket 3 between nodes",
+    "alltoall-1: the parts of bucket 3 within the node", "alltoall-2: the parts of bucket 3 between nodes",
+]  # fmt: skip
+VALUES = {"fp32": 171_039, "fp16": 176_128, "bf16": 171_039}  # in all buckets of the worker
+
+
+@pytest.mark.parametrize("wire", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("replicas", "ranks", "nodes", "placed", "sums", "single"),
+    [
+        # what each node hands over, for each value: sums of several replicas, and contributions of single ones
+        (4, 4, 2, NEIGHBOURS, 1, 0), (8, 4, 2, NEIGHBOURS, 1, 0), (12, 4, 2, NEIGHBOURS, 1, 0), (6, 6, 2, NEIGHBOURS, 1, 0),
+        (4, 4, 2, IN_TURN, 0, 2), (8, 4, 2, IN_TURN, 2, 0), (12, 4, 2, IN_TURN, 2, 0), (6, 6, 2, IN_TURN, 0, 3),
+        (12, 6, 3, IN_TURN, None, None),  # in which nodes differ in how much their ranks hand over within them
+    ],
+)  # fmt: skip
+def test_same_bits_in_two_levels(wire, replicas, ranks, nodes, placed, sums, single):
+    """And between nodes goes what has to: every sum once to each other node, and the total once."""
+    found = summed(ranks, wire, replicas, MPIR_CVAR_NUM_CLIQUES=str(nodes), **placed)
+    assert found["digest"] == digest_of_one_process(wire, replicas)
+    if "MPICH" not in found["mpi"]:
+        assert (found["levels"], found["bytes_across"]) == (1, 0)
+        return
+    assert found["levels"] == 2 and found["bucket_3"] == TEXTS
+    if sums is not None:
+        in_wire = {"fp32": 4, "fp16": 2 * 129 / 128, "bf16": 2}[wire]
+        assert found["bytes_across"] == (4 * sums + in_wire * (single + 1)) * (nodes - 1) * VALUES[wire]
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(4, 3), (3, 2), (2, 2)])
+def test_unequal_nodes_sum_at_once(ranks, nodes):
+    """As do nodes of one rank: each rank sends every other one a part of its sum, and its part of the total."""
+    found = summed(ranks, "fp32", 12, MPIR_CVAR_NUM_CLIQUES=str(nodes))
+    assert (found["digest"], found["levels"]) == (digest_of_one_process("fp32", 12), 1)
+    if "MPICH" in found["mpi"]:
+        assert found["bytes_across"] > 0
 
 
 @pytest.mark.parametrize(("replicas", "ranks"), [(4, 4), (6, 2)])

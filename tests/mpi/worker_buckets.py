@@ -1,17 +1,19 @@
-"""One rank of test_buckets.py: sums random gradients bucket by bucket and prints a digest of all bits.
+"""One rank of test_buckets.py: sums random gradients bucket by bucket and prints, as JSON, a digest of all bits and how they
+went.
 
 Arguments: replicas, seed, reduce, wire. All buckets are under way together, started in another order in each step and on each
 rank.
 """
 
 import hashlib
+import json
 import sys
 import time
 from itertools import pairwise
 
 import numpy as np
 
-from dpresnet import tree
+from dpresnet import events, tree
 from dpresnet.buckets import allreduce
 from dpresnet.comm import connect
 from dpresnet.wire import BLOCK, WIRES
@@ -37,7 +39,7 @@ def main(replicas, seed, reduce, wire):
     bounds = np.cumsum([0, *sizes]).tolist()
     slices = [slice(a, b) for a, b in pairwise(bounds)]
     sums = allreduce(comm, replicas, slices, reduce, wire)
-    digest = hashlib.sha256()
+    digest, sent, before = hashlib.sha256(), sent_by(comm), comm.traffic
     for step in range(STEPS):
         arenas = {v: np.concatenate([gradients(seed, step, v, n) for n in sizes]) for v in own}
         out = arenas[own.start] if step % 2 else np.full(bounds[-1], np.nan, np.float32)
@@ -54,10 +56,46 @@ def main(replicas, seed, reduce, wire):
             most = np.concatenate([largest(replicas, seed, step, n) for n in sizes])
             assert (np.abs(out - want) <= replicas * 2.0**-23 * most).all(), f"rank {comm.rank} step {step}"
         digest.update(out)
-    digests = comm.gather(digest.hexdigest())
+    noted = sorted((event.channel, event.number, event.what) for event in events.in_order(comm.events.events))
+    if reduce == "tree":
+        assert sum(count for _, count in sent) == (comm.traffic - before).sent_bytes
+    digests, all_noted, all_sent = zip(*comm.gather((digest.hexdigest(), noted, sent)), strict=True)
     assert len(set(digests)) == 1
+    assert all(of == all_noted[0] for of in all_noted), "an operation has not the same number and name on all ranks"
     if comm.rank == 0:
-        print(comm.size, digests[0])
+        across = sum(count for of in all_sent for another_node, count in of if another_node)
+        texts = sorted({f"{channel}: {what}" for channel, _, what in noted if "bucket 3" in what})
+        print(json.dumps({"ranks": comm.size, "digest": digests[0], "levels": len(comm.groups), "mpi": comm.mpi_library,
+                          "bytes_across": across // STEPS, "bucket_3": texts}))  # fmt: skip
+
+
+def sent_by(comm):
+    """A list that grows with every message to another rank: whether that is on another node, bytes."""
+    sent = []
+    if comm.size == 1:
+        return sent
+    from mpi4py import MPI  # the nodes as MPI tells them, not as the code under test has understood them
+
+    nodes = MPI.COMM_WORLD.allgather(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).bcast(comm.rank))
+
+    def note(group, counts):
+        others = ((rank, count) for rank, count in zip(group.ranks, counts, strict=True) if rank != comm.rank)
+        sent.extend((nodes[rank] != nodes[comm.rank], count) for rank, count in others)
+
+    def watch(group, start_alltoall, start_allgather):
+        def alltoall(send, send_counts, *rest):
+            note(group, send_counts)
+            return start_alltoall(send, send_counts, *rest)
+
+        def allgather(send, *rest):
+            note(group, [send.nbytes] * group.size)
+            return start_allgather(send, *rest)
+
+        group.start_alltoall, group.start_allgather = alltoall, allgather
+
+    for group in comm.groups:
+        watch(group, group.start_alltoall, group.start_allgather)
+    return sent
 
 
 def expected(replicas, seed, step, n, wire):

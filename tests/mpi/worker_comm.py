@@ -45,10 +45,12 @@ want = np.concatenate([np.full(count[s][me], 50 * s + me, np.uint8) for s in ran
 recv = np.full(want.size, 255, np.uint8)
 joined = np.full(sum(range(P)), 255, np.uint8)
 added = np.arange(1000, dtype=np.float32) * (me + 1)
+(everyone,) = comm.groups
+assert everyone.ranks == list(range(P)) and everyone.rank == me
 before = comm.traffic
 operations = [
-    lambda: comm.start_alltoall(send, count[me], recv, [count[s][me] for s in range(P)]),
-    lambda: comm.start_allgather(np.full(me, me, np.uint8), joined, list(range(P))),
+    lambda: everyone.start_alltoall(send, count[me], recv, [count[s][me] for s in range(P)]),
+    lambda: everyone.start_allgather(np.full(me, me, np.uint8), joined, list(range(P))),
     lambda: comm.start_allreduce(added),
 ]
 order = [0, 1, 2] if me % 2 else [1, 2, 0]  # operations of two communicators in any order
