@@ -1,9 +1,10 @@
 """The last communication events of each rank, in files that outlive it: what a rank waits for, and who has not come.
 
 All ranks of a run start the operations of a communicator in the same order, so an operation has a number there that is the
-same on all ranks. A rank notes each operation when it starts and when it ends in a ring of `SLOTS` events. Once the folder of
-the run is known the ring is a mapped file, RUN/events/rank-N.ring: what a rank had noted stays readable whatever ends it, even
-a kill, and the others can look into it while it lives.
+same on all ranks; so it has where groups of ranks do the same, each in a communicator of its own, which are one channel here.
+A rank notes each operation when it starts and when it ends in a ring of `SLOTS` events. Once the folder of the run is known
+the ring is a mapped file, RUN/events/rank-N.ring: what a rank had noted stays readable whatever ends it, even a kill, and the
+others can look into it while it lives.
 """
 
 from __future__ import annotations
@@ -170,8 +171,16 @@ def read(folder: Path) -> list[Rank]:
 
 
 def missing(ranks: list[Rank], event: Event) -> list[Rank]:
-    """Those that have not started an operation that another waits for."""
-    return [rank for rank in ranks if rank.reached(event.channel) < event.number]
+    """Those that have not started an operation that another waits for; not those that themselves wait for one of them, as a
+    node does whose sum is late because one of its ranks is.
+    """
+    absent = [rank for rank in ranks if rank.reached(event.channel) < event.number]
+    return [rank for rank in absent if not any(_behind(ranks, waits) for waits in under_way(rank.events))] or absent
+
+
+def _behind(ranks: list[Rank], event: Event) -> bool:
+    """Whether some rank has not started this operation."""
+    return any(rank.reached(event.channel) < event.number for rank in ranks)
 
 
 def describe(rank: Rank, now: float) -> str:

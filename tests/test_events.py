@@ -106,6 +106,18 @@ def test_a_bucket_that_a_sleeping_rank_has_under_way_accuses_nobody():
     assert text.splitlines()[-1].startswith("rank 1 on node1 never came to bn2")
 
 
+def test_a_node_that_waits_for_one_of_its_ranks_is_not_accused():
+    """Ranks 0 and 1 are one node, which waits for the sums of the other one; there rank 2 waits for rank 3, later than they."""
+    within = [Event("alltoall-1", 1, began, ended, 8, 7, "parts within") for began, ended in ((100, 101), (100, 101), (110, 0))]
+    between = [Event("alltoall-2", 1, 101 + n, 0.0, 8, 7, "parts between") for n in range(2)]
+    ranks = [Rank(n, 4, f"node{n // 2}", [within[n], between[n]]) for n in range(2)]
+    ranks += [Rank(2, 4, "node1", [within[2]]), Rank(3, 4, "node1", [])]
+    assert [rank.rank for rank in events.missing(ranks, between[0])] == [3]
+    text = said(*ranks)
+    assert text.splitlines()[-1].startswith("rank 3 on node1 never came to parts between of step 7")
+    assert "rank 2 on node1 has waited for 0 s in parts within" in text
+
+
 def test_a_farewell_is_no_exchange_that_others_miss():
     """A rank that has refused waits for the others to say so too; they wait for it elsewhere."""
     farewell = Event("farewell", 1, 99.0, 0.0, 32, 7, "")

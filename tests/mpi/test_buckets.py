@@ -1,6 +1,7 @@
 """The bucketed sum in real jobs: for every number of ranks the bits of one process, whatever order and size."""
 
 import json
+import re
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from dpresnet.buckets import TreeAllreduce, allreduce, plan_buckets, segments
 from dpresnet.comm import Solo
+from dpresnet.events import read
+from dpresnet.explain import explain
 from tests.launching import mpirun, python
 
 WORKER = str(Path(__file__).with_name("worker_buckets.py"))
@@ -84,6 +87,36 @@ def test_unequal_nodes_sum_at_once(ranks, nodes):
     assert (found["digest"], found["levels"]) == (digest_of_one_process("fp32", 12), 1)
     if "MPICH" in found["mpi"]:
         assert found["bytes_across"] > 0
+
+
+ASLEEP = """
+import sys, time, pathlib, numpy as np
+from dpresnet.buckets import allreduce
+from dpresnet.comm import connect
+from dpresnet.errors import Late
+comm = connect()
+comm.keep_events(pathlib.Path(sys.argv[1]))
+comm.barrier()
+comm.timeout = 2
+time.sleep({2: 0.5, 3: 1e6}.get(comm.rank, 0))
+sums, gradients = allreduce(comm, comm.size, [slice(0, 64)]), np.ones(64, np.float32)
+sums.start(0, [gradients], gradients)
+try:
+    sums.wait()
+except Late as late:
+    print(comm.mpi_library, late, flush=True)
+    time.sleep(2)  # the others too
+    comm.abort(1)
+"""
+
+
+def test_the_rank_that_a_whole_node_waits_for_is_named(tmp_path):
+    """Ranks 0 and 1, which wait for the other node, do not accuse rank 2, which waits for rank 3."""
+    job = mpirun(4, ["-c", ASLEEP, tmp_path], env={"MPIR_CVAR_NUM_CLIQUES": "2", **NEIGHBOURS})
+    words = [line for line in job.stdout.splitlines() if "waited" in line]
+    assert len(words) == 3 and all(re.search(r"parts of bucket 0 .*; not there: rank 3 on [^;]*; the limit", w) for w in words)
+    assert sum("between nodes" in line for line in words) == (2 if "MPICH" in job.stdout else 0)
+    assert re.match("rank 3 on .* never came to the parts of bucket 0", explain(read(tmp_path)).splitlines()[-1])
 
 
 @pytest.mark.parametrize(("replicas", "ranks"), [(4, 4), (6, 2)])
