@@ -38,8 +38,8 @@ def measure(comm: Comm, mb: float, bucket_mb: float, rounds: int) -> Facts:
         for kind, found in samples.items()
     ]  # fmt: skip
     hosts = sorted(set(comm.gather(comm.host)))
-    return {"kinds": kinds, "ranks": comm.size, "hosts": len(hosts), "mpi": comm.mpi_library, "bytes": 4 * buckets[-1].stop,
-            "buckets": len(buckets)}  # fmt: skip
+    return {"kinds": kinds, "ranks": comm.size, "hosts": len(hosts), "levels": len(comm.groups), "mpi": comm.mpi_library,
+            "bytes": 4 * buckets[-1].stop, "buckets": len(buckets)}  # fmt: skip
 
 
 def cut(values: int, bucket: int) -> list[slice]:
@@ -70,6 +70,8 @@ def report(results: Facts) -> str:
                      f"{1e3 * seconds['least']:.1f}..{1e3 * seconds['most']:.1f}", f"{kind['sent_bytes'] / MB:.1f}",
                      f"{ratio['median']:.2f}", f"{ratio['least']:.2f}..{ratio['most']:.2f}"])  # fmt: skip
     rounds = len(results["kinds"][0]["seconds"])
+    levels = "two levels, within nodes and between them" if results["levels"] == 2 else "one level"
     head = (f"{results['bytes'] / MB:.1f} MB of gradients in {results['buckets']} buckets, {results['ranks']} ranks on "
-            f"{results['hosts']} hosts, {results['mpi']}, {rounds} rounds in which all take turns")  # fmt: skip
+            f"{results['hosts']} hosts, {results['mpi']}, {rounds} rounds in which all take turns; "
+            f"tree sums in {levels}")  # fmt: skip
     return "\n".join([head, "", table(["reduce", "wire", "ms", "", "MB sent", "x mpi", ""], rows)])

@@ -132,13 +132,21 @@ def test_every_strategy_is_measured(tmp_path):
                      "--json", tmp_path / "out.json"])  # fmt: skip
     assert job.returncode == 0, job.stderr
     found = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert (found["ranks"], found["hosts"], found["buckets"], found["bytes"]) == (2, 1, 4, 999_936)
+    assert (found["ranks"], found["hosts"], found["levels"], found["buckets"], found["bytes"]) == (2, 1, 1, 4, 999_936)
     kinds = {(kind["reduce"], kind["wire"]): kind for kind in found["kinds"]}
     assert all(len(kind["seconds"]) == 2 and min(kind["seconds"]) > 0 for kind in kinds.values())
     assert kinds["tree", "fp32"]["sent_bytes"] == kinds["mpi", "fp32"]["sent_bytes"] == found["bytes"]
     assert kinds["tree", "bf16"]["sent_bytes"] == found["bytes"] / 2
     assert kinds["tree", "fp16"]["sent_bytes"] == found["bytes"] / 2 * 129 / 128
-    assert job.stdout.count("tree") == 3
+    assert sum(line.startswith("tree") for line in job.stdout.splitlines()) == 3
+    assert "tree sums in one level" in job.stdout
+
+
+def test_two_levels_are_reported():
+    job = mpirun(4, ["-m", "dpresnet.bench", "reduce", "--mb", "0.1", "--rounds", "1"], env={"MPIR_CVAR_NUM_CLIQUES": "2"})
+    assert job.returncode == 0, job.stderr
+    expected = "two levels, within nodes and between them" if "MPICH" in job.stdout else "one level"
+    assert f"tree sums in {expected}\n" in job.stdout
 
 
 def test_one_process_cannot_measure_exchanges():
