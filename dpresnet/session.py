@@ -93,7 +93,8 @@ class Session:
     def _claim_folder(self, cfg: Config, saved: checkpoint.Checkpoint | None) -> list[str]:
         """On rank 0: nobody else writes to the run folder, it can be written, and a fresh run finds no old checkpoints."""
         checkpoint.check_writable(self.folder)
-        check_path(cfg)
+        if cfg.trace:
+            check_path(Path(cfg.trace))
         self._lock = claim(self.folder.parent)
         for ring in self.events.glob("*.ring"):
             ring.unlink()

@@ -29,15 +29,14 @@ ROUNDS = 16  # of comparing clocks; the narrowest bounds of all count
 Bounds = tuple[float, float]
 
 
-def check_path(cfg: Config) -> None:
+def check_path(path: Path) -> None:
     """Refuses a trace that could not be written, before the run has begun."""
-    folder = Path(cfg.trace).parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"--trace {cfg.trace} cannot be written ({error.strerror}): choose another file") from None
-    if Path(cfg.trace).is_dir() or not os.access(folder, os.W_OK):
-        raise Refused(f"--trace {cfg.trace} cannot be written: choose another file")
+        raise Refused(f"--trace {path} cannot be written ({error.strerror}): choose another file") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise Refused(f"--trace {path} cannot be written: choose another file")
 
 
 def middle(bounds: list[Bounds]) -> tuple[float, float]:
