@@ -89,13 +89,13 @@ def _run(command: list[str], env: dict[str, str], timeout: float) -> Finished:
             _kill_session(process)
         stdout, stderr = (_content(f) for f in (out, err))
     if running or process.returncode:
-        _remove_shared_memory()
+        remove_shared_memory()
     if running:
         raise TimedOut(f"{command} ran past {timeout} s\n--- stdout\n{stdout}\n--- stderr\n{stderr}")
     return Finished(process.returncode, stdout, stderr, seconds)
 
 
-def _remove_shared_memory() -> None:
+def remove_shared_memory() -> None:
     """Deletes the segments that killed ranks of MPICH have left behind: those of ours that no process has mapped."""
     mapped = ""
     for maps in Path("/proc").glob("[0-9]*/maps"):

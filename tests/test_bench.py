@@ -11,7 +11,6 @@ import pytest
 
 from dpresnet.bench import __main__ as program
 from dpresnet.bench import facts, layers, memory, ops, ours, step
-from dpresnet.bench.child import Child
 from dpresnet.bench.peaks import Probes
 from dpresnet.bench.workload import Layer, Workload
 from dpresnet.device import Device, choose_device
@@ -138,18 +137,6 @@ def test_memory(tmp_path):
     assert "libraries" in printed
 
 
-def test_a_child_refuses_with_its_reason():
-    with pytest.raises(Refused, match="no device has that in its name"), Child("ours", Workload(device="none such")) as child:
-        child.hello()
-
-
-def test_a_child_that_dies_is_no_silence():
-    with pytest.raises(RuntimeError, match="process of ours ended with exit code -9"), Child("ours", TINY_WORK) as child:
-        child.hello()
-        child._process.kill()
-        child.ask("run", steps=1)
-
-
 # ---- the command line
 
 
@@ -261,20 +248,20 @@ def test_layers_tell_who_spins_and_who_refuses(monkeypatch):
 class Talker:
     """A child that answers at once; PyTorch's is said to have computed for half of the time that it waited."""
 
-    def __init__(self, side, work, variants=None):
+    def __init__(self, side, work, **arguments):
         self.side = side
 
     __enter__, __exit__ = (lambda self: self), (lambda self, *error: None)
 
     def hello(self):
-        return {"name": self.side}
+        return [{"name": self.side}]
 
     def ask(self, do, **arguments):
         if do == "layers":
             layer = vars(Layer(1, 16, 32, 8, 8, 3, 2, 1, 1, False))
-            return {"layers": [{"layer": layer, "count": 2}], "tuned": None}
+            return [{"layers": [{"layer": layer, "count": 2}], "tuned": None}]
         waited = {"waited_s": 1.0, "waited_cpu_s": 0.5 if self.side == "their layers" else 0.0}
-        return {"seconds": {"forward": 1.0, "backward": 1.0}} if do == "prepare" else {"seconds": 1.0, **waited}
+        return [{"seconds": {"forward": 1.0, "backward": 1.0}} if do == "prepare" else {"seconds": 1.0, **waited}]
 
 
 def test_a_side_that_spins_and_steps_without_update_are_told():

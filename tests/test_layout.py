@@ -21,7 +21,7 @@ LAYERS = [
     ["launcher"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
-     "bench.flags"],
+     "bench.flags", "bench.channel"],
     ["convolution"],
     ["ops.*", "datasets.*", "state"],
     ["nn"],
@@ -42,7 +42,8 @@ WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", 
 WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events", "explain"]
 WITHOUT_BOTH += ["datasets.*", "trace", "timeline"]
-WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "child", "step", "memory", "picture", "theirs")]
+WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "channel", "child", "step", "memory", "picture",
+                                            "theirs")]  # fmt: skip
 
 NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "tile", "transform"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60

@@ -23,13 +23,13 @@ VARIANTS = ["contiguous", "channels_last"]  # memory formats of PyTorch: the fas
 def measure(work: Workload, against: bool, pairs: int, turn_s: float) -> Facts:
     """Samples of every layer of both sides, or of ours alone, and what follows from them."""
     with ExitStack() as stack:
-        children = {"theirs": stack.enter_context(Child("their layers", work, VARIANTS))} if against else {}
+        children = {"theirs": stack.enter_context(Child("their layers", work, variants=VARIANTS))} if against else {}
         children["ours"] = stack.enter_context(Child("our layers", work))
-        names = {side: child.hello()["name"] for side, child in children.items()}
-        listed = children["ours"].ask("layers")
+        names = {side: child.hello()[0]["name"] for side, child in children.items()}
+        [listed] = children["ours"].ask("layers")
         rows, turns = [], {side: [] for side in children}
         for found in tqdm(listed["layers"], unit="layer", leave=False, disable=None):
-            ready = {side: child.ask("prepare", layer=found["layer"]) for side, child in children.items()}
+            ready = {side: child.ask("prepare", layer=found["layer"])[0] for side, child in children.items()}
             rows.append(found | {name: one_direction(children, ready, name, pairs, turn_s, turns) for name in DIRECTIONS})
     warnings = [line for side in turns for line in spinning(names[side], turns[side])] if against else []
     facts = {"device": names["ours"], "peer": names.get("theirs"), "tuned": listed["tuned"], "pairs": pairs}
@@ -43,7 +43,7 @@ def one_direction(children: dict[str, Child], ready: dict[str, Facts], direction
     samples: dict[str, list[float]] = {side: [] for side in children}
     for _ in range(pairs):
         for side, child in children.items():
-            answer = child.ask("run", direction=direction, calls=calls[side])
+            [answer] = child.ask("run", direction=direction, calls=calls[side])
             samples[side].append(answer["seconds"])
             turns[side].append(answer)
     return {"seconds": samples, "variant": ready.get("theirs", {}).get("variant", {}).get(direction)}

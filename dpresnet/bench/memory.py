@@ -18,11 +18,11 @@ MIB = 2**20
 
 def measure(work: Workload, variants: list[str], steps: int, runs: int) -> Facts:
     """Peaks of ours, and of every variant of theirs; the ratio to the smallest of those."""
-    jobs = [("dpresnet", "ours", None), *((f"PyTorch {name}", "theirs", [name]) for name in variants)]
+    jobs = [("dpresnet", "ours", {}), *((f"PyTorch {name}", "theirs", {"variants": [name]}) for name in variants)]
     samples = {title: [] for title, *_ in jobs}
     for _ in range(runs):
-        for title, side, chosen in jobs:
-            samples[title].append(one_process(side, work, chosen, steps))
+        for title, side, arguments in jobs:
+            samples[title].append(one_process(side, work, arguments, steps))
     sides = {title: split(found) for title, found in samples.items()}
     results = {"sides": sides, "device": sides["dpresnet"]["name"]}
     if variants:
@@ -32,13 +32,13 @@ def measure(work: Workload, variants: list[str], steps: int, runs: int) -> Facts
     return results
 
 
-def one_process(side: str, work: Workload, variants: list[str] | None, steps: int) -> Facts:
+def one_process(side: str, work: Workload, arguments: Facts, steps: int) -> Facts:
     """Trains in a fresh process; its name, bytes after importing, after building and at the peak, and the known parts."""
     with ExitStack() as stack:
-        child = stack.enter_context(Child(side, work, variants))
-        found = child.hello()
+        child = stack.enter_context(Child(side, work, **arguments))
+        [found] = child.hello()
         child.ask("run", steps=steps)
-        return found | child.ask("memory")
+        return found | child.ask("memory")[0]
 
 
 def split(samples: list[Facts]) -> Facts:

@@ -20,15 +20,15 @@ SPINNING = 0.02  # CPU seconds per second of waiting that call for a warning
 def measure(work: Workload, variants: list[str], pairs: int, turn_s: float) -> Facts:
     """Samples of both sides (of ours alone without ``variants``) and what follows from them."""
     with ExitStack() as stack:
-        sides = [("theirs", stack.enter_context(Child("theirs", work, variants)))] if variants else []
+        sides = [("theirs", stack.enter_context(Child("theirs", work, variants=variants)))] if variants else []
         sides.append(("ours", stack.enter_context(Child("ours", work))))
-        found = {name: {"name": child.hello()["name"], **child.ask("warm"), "turns": []} for name, child in sides}
+        found = {name: {"name": child.hello()[0]["name"], **child.ask("warm")[0], "turns": []} for name, child in sides}
         for _ in range(pairs):
             for name, child in sides:
                 steps = max(1, round(turn_s / found[name]["step_s"]))
-                found[name]["turns"].append(child.ask("run", steps=steps))
+                found[name]["turns"] += child.ask("run", steps=steps)
         if not work.infer:
-            found["ours"]["overhead"] = overhead(dict(sides)["ours"].ask("overhead", steps=PROFILED_STEPS))
+            found["ours"]["overhead"] = overhead(*dict(sides)["ours"].ask("overhead", steps=PROFILED_STEPS))
     return summary(found, work)
 
 

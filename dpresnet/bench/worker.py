@@ -1,6 +1,6 @@
-"""A child process of `bench`: builds one side, then answers requests, one JSON object per line.
+"""A child process of `bench`: builds one side, then answers requests, see `dpresnet.bench.child`.
 
-    python -m dpresnet.bench.worker '{"side": "ours", "work": {...}}'
+    python -m dpresnet.bench.worker '{"side": "ours", "work": {...}, ...}'
 
 Requests are {"do": method, ...arguments} of the side, see `SIDES`. Between requests the process sleeps in a read; what its
 threads spent meanwhile is part of each answer, so that a side that spins while the other is measured does not go unnoticed.
@@ -15,11 +15,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 from dpresnet import environment
+from dpresnet.bench.channel import Channel, dial
 from dpresnet.bench.workload import Facts, Workload
+from dpresnet.comm import Solo, connect
 from dpresnet.errors import GaveUp, Refused
+from dpresnet.failure import Guard
 
 SIDES = {
     "ours": ("ours", "Ours"),
@@ -27,17 +30,17 @@ SIDES = {
     "our layers": ("our_layers", "OurLayers"),
     "their layers": ("their_layers", "TheirLayers"),
 }
-OURS = ("ours", "our layers")  # of which OpenCL reads the threads when it is loaded; the others are given their variants
+OURS = ("ours", "our layers")  # of which OpenCL reads the threads when it is loaded
+LEAVE_S = 5.0  # in which all ranks of a job have been told to end, or one never will be
 
 
 def load(job: Facts) -> Callable[[], Any]:
     """Imports what the side of a job needs; the result builds it."""
     work, (module, name) = Workload(**job["work"]), SIDES[job["side"]]
-    ours = job["side"] in OURS
-    if ours:
+    if job["side"] in OURS:
         environment.prepare(work.threads, 0, 1)
     side = getattr(importlib.import_module(f"dpresnet.bench.{module}"), name)
-    return lambda: side(work) if ours else side(work, job["variants"])
+    return lambda: side(work, **job["arguments"])
 
 
 def resident() -> int:
@@ -51,41 +54,32 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def take_stdout() -> TextIO:
-    """The channel to the parent; whatever else is printed goes to stderr."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return channel
-
-
-def serve(job: Facts, channel: TextIO) -> None:
-    """Builds the side, then answers requests until stdin ends."""
+def serve(job: Facts, rank: int, channel: Channel) -> None:
+    """Builds the side, then answers requests until the parent closes the channel."""
     build = load(job)
     imported = resident()
     side = build()
-    send(channel, {"name": side.name, "imported": imported, "built": resident()})
+    channel.send({"name": side.name, "rank": rank, "imported": imported, "built": resident()})
     wall, cpu = time.perf_counter(), time.process_time()
-    for line in sys.stdin:
+    while request := channel.receive():
         waited = {"waited_s": time.perf_counter() - wall, "waited_cpu_s": time.process_time() - cpu}
-        request = json.loads(line)
         answer = getattr(side, request.pop("do"))(**request)
-        send(channel, answer | waited | {"peak": peak()})
+        channel.send(answer | waited | {"peak": peak()})
         wall, cpu = time.perf_counter(), time.process_time()
 
 
-def send(channel: TextIO, answer: Facts) -> None:
-    """One line."""
-    channel.write(json.dumps(answer) + "\n")
-    channel.flush()
-
-
 def main() -> None:
-    """Serves one job; what it refuses goes to the parent as {"refused": message}."""
-    channel = take_stdout()
-    try:
-        serve(json.loads(sys.argv[1]), channel)
-    except (Refused, GaveUp) as error:
-        send(channel, {"refused": str(error)})
+    """Serves one job, by itself or as one of its ranks; what it refuses goes to the parent as {"refused": message}."""
+    job = json.loads(sys.argv[1])
+    channel = dial(f"{job['folder']}/socket")
+    with Guard(None if job["mpi"] else Solo()) as guard:
+        try:
+            guard.comm = guard.comm or connect()
+            serve(job, guard.comm.rank if job["mpi"] else job["rank"], channel)
+        except (Refused, GaveUp) as error:
+            channel.send({"refused": str(error)})
+        if guard.comm and guard.comm.farewell(b"end", LEAVE_S) is None:
+            guard.comm.abort(1)  # another rank waits for this one, in the midst of a request
 
 
 if __name__ == "__main__":

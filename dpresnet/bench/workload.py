@@ -63,4 +63,4 @@ class Sgd:
     weight_decay: float = 5e-4
 
 
-Facts = dict[str, Any]  # what goes over a pipe and into a JSON file
+Facts = dict[str, Any]  # what goes over a socket and into a JSON file
