@@ -278,6 +278,7 @@ def test_clocks_run_until_the_device_is_done(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(ours.time, "perf_counter", lambda: now[0])
     side = ours.Ours.__new__(ours.Ours)
+    side.comm = ours.Solo()
     side.step = lambda: bool(now.__setitem__(0, now[0] + 1))
     side.device = SimpleNamespace(finish=lambda: now.__setitem__(0, now[0] + 10))
     side.profiling, side._after_exchanges = lambda: nullcontext([]), set

@@ -1,4 +1,4 @@
-"""dpresnet's side: the step that `dpresnet.train` takes with one process, and what the device did in it.
+"""dpresnet's side: the step that `dpresnet.train` takes with one replica per rank, and what the device did in it.
 
 Import after `dpresnet.environment.prepare`: this loads OpenCL.
 """
@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyopencl as cl
 
 from dpresnet.amp import LossScaler
 from dpresnet.bench.workload import Facts, Sgd, Workload
-from dpresnet.comm import Solo
+from dpresnet.comm import Comm, Solo
+from dpresnet.config import statistics_group
 from dpresnet.device import Device, choose_device
 from dpresnet.initial import initial_state
 from dpresnet.model import Model, Pixels
@@ -31,10 +33,15 @@ Span = tuple[float, float]  # begin and end on the device's clock, in seconds
 
 
 class Ours:
-    """One network with one replica, its optimizer, and 8-bit images that are fed, cropped and flipped in every step."""
+    """One replica of a network on each rank of ``comm``, its optimizer, and 8-bit images that are fed, cropped and flipped in
+    every step.
 
-    def __init__(self, work: Workload):
-        self.work, sgd = work, Sgd()
+    All ranks do the same, at the same time. ``bn`` as in `dpresnet.config`, ``sums`` as in `Trainer`.
+    """
+
+    def __init__(self, work: Workload, comm: Comm | None = None, bn: str = "sync", **sums: Any):
+        self.work, self.comm, sgd = work, comm or Solo(), Sgd()
+        ranks, rank = self.comm.size, self.comm.rank
         self.device = Device(choose_device(work.device), vector=work.vector)
         edge = (0.5,) * 3
         pixels = Pixels(np.array(edge), np.array(edge) / 2, padding=max(1, work.image // 8), flip=True)
@@ -42,16 +49,16 @@ class Ours:
         options = Options(work.classes, work.stem)
         self.model = Model(self.device, work.arch, options, shape, work.batch, work.precision, pixels=pixels)
         scaler = LossScaler() if work.precision == "fp16" else LossScaler.disabled()
-        self.trainer = Trainer(self.model, Solo(), 1, scaler=scaler)
+        self.trainer = Trainer(self.model, self.comm, ranks, group=statistics_group(bn, ranks), scaler=scaler, **sums)
         self.lr, self._hyper = sgd.lr, Hyper(sgd.momentum, sgd.weight_decay)
-        random = np.random.default_rng(0)
+        random = np.random.default_rng(rank)
         self._batches = [
             (
                 random.integers(0, 256, (work.batch, *shape), np.uint8),
                 random.integers(0, work.classes, work.batch, np.int32),
                 np.arange(k * work.batch, (k + 1) * work.batch, dtype=np.uint32),
             )
-            for k in range(BATCHES)
+            for k in range(rank, ranks * BATCHES, ranks)
         ]
         self._done = 0
 
@@ -67,13 +74,17 @@ class Ours:
         if self.work.infer:
             self.trainer.evaluate([batch])
             return False
-        return self.trainer.step([[batch]], self.work.batch, self.lr, self._hyper).skipped
+        return self.trainer.step([[batch]], self.work.batch * self.comm.size, self.lr, self._hyper).skipped
 
     def warm(self) -> Facts:
         """Compiles and settles; seconds of a step afterwards, the steps that the loss scaler dropped on the way, and which
         measured tile sizes the device has.
         """
+        if self.comm.local_rank:
+            self.comm.node_barrier()  # the first rank of a node compiles, the others find it in the cache
         self.trainer.replicas.warm()  # runs the update too, on whatever lies in the gradients
+        if not self.comm.local_rank:
+            self.comm.node_barrier()
         self.trainer.restore(initial_state(self.model.state, 0))
         skipped = 0
         for _ in range(SETTLING_STEPS):
@@ -85,17 +96,22 @@ class Ours:
         return {"step_s": min(seconds), "skipped": skipped, "tuned": self.device.tuned.facts}
 
     def run(self, steps: int) -> Facts:
-        """Seconds of each step, and how many of them the loss scaler dropped: those skip the update.
+        """Seconds of each step, how many of them the loss scaler dropped: those skip the update, and what a step of several
+        ranks takes them in exchanges, as in metrics.jsonl.
 
         The update of a step may still run while the next one is fed, as in training; the last step's end is waited for.
         """
-        clock, skipped = [time.perf_counter()], 0
+        self.comm.barrier()
+        before, clock, skipped = self.comm.traffic, [time.perf_counter()], 0
         for number in range(1, steps + 1):
             skipped += self.step()
             if number == steps:
                 self.device.finish()
             clock.append(time.perf_counter())
-        return {"seconds": [end - begin for begin, end in pairwise(clock)], "skipped": skipped}
+        found = {"seconds": [end - begin for begin, end in pairwise(clock)], "skipped": skipped}
+        if self.comm.size > 1:
+            found["traffic"] = {name: value / steps for name, value in (self.comm.traffic - before).metrics.items()}
+        return found
 
     def overhead(self, steps: int) -> Facts:
         """Per step, in seconds: wall time, time in which a kernel ran on the device, time in gaps at exchanges of

@@ -20,7 +20,7 @@ from typing import Any
 from dpresnet import environment
 from dpresnet.bench.channel import Channel, dial
 from dpresnet.bench.workload import Facts, Workload
-from dpresnet.comm import Solo, connect
+from dpresnet.comm import Comm, Solo, connect
 from dpresnet.errors import GaveUp, Refused
 from dpresnet.failure import Guard
 
@@ -34,13 +34,14 @@ OURS = ("ours", "our layers")  # of which OpenCL reads the threads when it is lo
 LEAVE_S = 5.0  # in which all ranks of a job have been told to end, or one never will be
 
 
-def load(job: Facts) -> Callable[[], Any]:
+def load(job: Facts, comm: Comm) -> Callable[[], Any]:
     """Imports what the side of a job needs; the result builds it."""
     work, (module, name) = Workload(**job["work"]), SIDES[job["side"]]
     if job["side"] in OURS:
         environment.prepare(work.threads, 0, 1)
     side = getattr(importlib.import_module(f"dpresnet.bench.{module}"), name)
-    return lambda: side(work, **job["arguments"])
+    others = {"comm": comm} if job["side"] == "ours" else {}
+    return lambda: side(work, **others, **job["arguments"])
 
 
 def resident() -> int:
@@ -54,12 +55,13 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def serve(job: Facts, rank: int, channel: Channel) -> None:
+def serve(job: Facts, comm: Comm, channel: Channel) -> None:
     """Builds the side, then answers requests until the parent closes the channel."""
-    build = load(job)
+    build = load(job, comm)
     imported = resident()
     side = build()
-    channel.send({"name": side.name, "rank": rank, "imported": imported, "built": resident()})
+    rank = comm.rank if job["mpi"] else job["rank"]
+    channel.send({"name": side.name, "mpi": comm.mpi_library, "rank": rank, "imported": imported, "built": resident()})
     wall, cpu = time.perf_counter(), time.process_time()
     while request := channel.receive():
         waited = {"waited_s": time.perf_counter() - wall, "waited_cpu_s": time.process_time() - cpu}
@@ -75,7 +77,7 @@ def main() -> None:
     with Guard(None if job["mpi"] else Solo()) as guard:
         try:
             guard.comm = guard.comm or connect()
-            serve(job, guard.comm.rank if job["mpi"] else job["rank"], channel)
+            serve(job, guard.comm, channel)
         except (Refused, GaveUp) as error:
             channel.send({"refused": str(error)})
         if guard.comm and guard.comm.farewell(b"end", LEAVE_S) is None:
