@@ -1,7 +1,8 @@
 """PyTorch's side: the same network, optimizer and loss on the CPU, in the variant that is fastest here.
 
 A variant is "contiguous" or a combination of the words in `WORDS`, joined by "+". All compute in fp32 except those with
-"bf16", which autocast; PyTorch has no fp16 training on CPUs.
+"bf16", which autocast; PyTorch has no fp16 training on CPUs. Several processes exchange gradients with gloo, through
+DistributedDataParallel; each normalises by itself, because SyncBatchNorm is for GPUs only.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dpresnet.bench.torch_resnet import resnet
 from dpresnet.bench.workload import Facts, Sgd, Workload
@@ -19,10 +21,10 @@ WARM_STEPS = 3
 
 
 class Variant:
-    """One network with its optimizer and a batch that stays in memory."""
+    """One network with its optimizer and a batch that stays in memory; with a ``rank`` that of a `Ddp` process."""
 
-    def __init__(self, work: Workload, name: str):
-        torch.manual_seed(0)
+    def __init__(self, work: Workload, name: str, rank: int | None = None):
+        torch.manual_seed(rank or 0)
         self.name, words, sgd = name, set(name.split("+")), Sgd()
         self.net = resnet(work.arch, num_classes=work.classes, stem=work.stem)
         for module in self.net.modules():
@@ -36,7 +38,8 @@ class Variant:
         self.optimizer = torch.optim.SGD(self.net.parameters(), sgd.lr, sgd.momentum, weight_decay=sgd.weight_decay)
         self.criterion = nn.CrossEntropyLoss()
         self._bf16 = "bf16" in words
-        self._model: Callable[[torch.Tensor], torch.Tensor] = torch.compile(self.net) if "compile" in words else self.net
+        model = self.net if rank is None else DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+        self._model: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if "compile" in words else model
         self.step = self._infer if work.infer else self._train
         self.net.train(not work.infer)
 
@@ -68,10 +71,10 @@ class Variant:
 class Theirs:
     """The fastest of the variants; the others are gone after `warm`."""
 
-    def __init__(self, work: Workload, variants: Sequence[str]):
+    def __init__(self, work: Workload, variants: Sequence[str], rank: int | None = None):
         torch.set_num_threads(work.threads)
         self._work, self._variants = work, list(variants)
-        self._best: Variant | None = Variant(work, variants[0]) if len(variants) == 1 else None
+        self._best: Variant | None = Variant(work, variants[0], rank) if len(variants) == 1 else None
 
     @property
     def name(self) -> str:
@@ -98,3 +101,16 @@ class Theirs:
         """Bytes of parameters, of their gradients and of the momentum."""
         nbytes = sum(parameter.nbytes for parameter in self._best.net.parameters())
         return {"parts": dict.fromkeys(("parameter", "gradient", "momentum"), nbytes)}
+
+
+class Ddp(Theirs):
+    """One of ``size`` processes that train together in one variant; they find each other through the file ``store``."""
+
+    def __init__(self, work: Workload, variant: str, rank: int, size: int, store: str):
+        distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        super().__init__(work, [variant], rank)
+
+    def run(self, steps: int) -> Facts:
+        """Seconds of each step, from when all are there."""
+        distributed.barrier()
+        return super().run(steps)

@@ -27,6 +27,7 @@ from dpresnet.failure import Guard
 SIDES = {
     "ours": ("ours", "Ours"),
     "theirs": ("theirs", "Theirs"),
+    "ddp": ("theirs", "Ddp"),
     "our layers": ("our_layers", "OurLayers"),
     "their layers": ("their_layers", "TheirLayers"),
 }
@@ -40,8 +41,16 @@ def load(job: Facts, comm: Comm) -> Callable[[], Any]:
     if job["side"] in OURS:
         environment.prepare(work.threads, 0, 1)
     side = getattr(importlib.import_module(f"dpresnet.bench.{module}"), name)
-    others = {"comm": comm} if job["side"] == "ours" else {}
-    return lambda: side(work, **others, **job["arguments"])
+    return lambda: side(work, **together(job, comm), **job["arguments"])
+
+
+def together(job: Facts, comm: Comm) -> Facts:
+    """What a side has to know of the other processes that train with it."""
+    if job["side"] == "ours":
+        return {"comm": comm}
+    if job["side"] == "ddp":
+        return {"rank": job["rank"], "size": job["processes"], "store": f"{job['folder']}/store"}
+    return {}
 
 
 def resident() -> int:

@@ -138,6 +138,38 @@ def test_layers_against_torch(tmp_path):
     assert len(chart.get_yticks()) == len(results["rows"])
 
 
+DDP = """
+import sys
+import torch
+from dpresnet.bench.theirs import Ddp
+from dpresnet.bench.workload import Workload
+_, folder, rank, variant = sys.argv
+side = Ddp(Workload("resnet20", image=8, batch=4), variant, int(rank), 2, f"{folder}/store")
+side.run(2)
+best = side._best
+torch.save((best.images, best.labels, dict(best.net.named_parameters())), f"{folder}/{rank}.pt")
+"""
+
+
+@pytest.mark.parametrize("variant", ["contiguous", "channels_last"])
+def test_processes_of_ddp_train_one_network(variant, tmp_path):
+    """On the mean of the losses of both, each with images and batch statistics of its own."""
+    commands = [[sys.executable, "-c", DDP, str(tmp_path), str(rank), variant] for rank in range(2)]
+    assert [process.wait() for process in [subprocess.Popen(command) for command in commands]] == [0, 0]
+    (images, labels, found), (others, their_labels, same) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert not torch.equal(images, others)
+    alone = Variant(WORK, variant)
+    before = {name: value.detach().clone() for name, value in alone.net.named_parameters()}
+    for _ in range(2):
+        alone.optimizer.zero_grad()
+        losses = [alone.criterion(alone.net(x), y) for x, y in ((images, labels), (others, their_labels))]
+        (sum(losses) / 2).backward()
+        alone.optimizer.step()
+    for name, value in alone.net.named_parameters():
+        assert torch.equal(found[name], same[name])
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-3 * float((value.detach() - before[name]).abs().max()))
+
+
 def test_memory_against_torch(tmp_path):
     found, printed, pixels = bench("memory", *TINY, "--against", "torch", "--runs", "1", "--steps", "1", folder=tmp_path)
     results = found["results"]
