@@ -33,7 +33,7 @@ LAYERS = [
     ["session"],
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
     ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.worker"],
-    ["bench.layers", "bench.ops", "bench.picture"],
+    ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
 ]
 ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
@@ -43,7 +43,7 @@ WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events", "explain"]
 WITHOUT_BOTH += ["datasets.*", "trace", "timeline"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "channel", "child", "step", "memory", "picture",
-                                            "theirs")]  # fmt: skip
+                                            "scaling", "theirs")]  # fmt: skip
 
 NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "tile", "transform"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpresnet import environment
-from dpresnet.bench import facts, layers, memory, ops, picture, reduce, step
-from dpresnet.bench.flags import add_workload, positive, workload
+from dpresnet.bench import facts, layers, memory, ops, picture, reduce, scaling, step
+from dpresnet.bench.child import mpirun
+from dpresnet.bench.flags import add_ranks, add_workload, positive, workload
 from dpresnet.bench.workload import Facts, Workload
-from dpresnet.comm import connect
+from dpresnet.comm import connect, launched
 from dpresnet.errors import Refused, exit_code
 from dpresnet.failure import Guard
 
@@ -22,18 +23,19 @@ WORDS = ("channels_last", "compile", "bf16")  # of which a variant of PyTorch is
 def parser() -> argparse.ArgumentParser:
     """Subcommands and their flags."""
     top = argparse.ArgumentParser(prog="python -m dpresnet.bench", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="step | layers | ops | memory | reduce")
+    commands = top.add_subparsers(dest="command", required=True, metavar="step | layers | ops | memory | scaling | reduce")
     for name, batch, text in (
         ("step", 64, "whole training steps, interleaved with PyTorch's if asked"),
         ("layers", 64, "single convolutions, forward and backward, interleaved with PyTorch's if asked"),
         ("ops", 32, "every launch of a step against the peaks of the device"),
         ("memory", 64, "peak memory of a training process"),
+        ("scaling", 32, "a job of several ranks against one rank, and against PyTorch's if asked; starts the ranks itself"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        add_workload(command, batch)
+        add_workload(command, batch, threads=int(name == "scaling"))
         if name != "ops":
             command.add_argument("--against", choices=["torch"], help="compare with PyTorch on the CPU")
-        if name in ("step", "memory"):
+        if name in ("step", "memory", "scaling"):
             command.add_argument("--variants", type=variants, default=variants("contiguous,channels_last"), metavar="LIST",
                                  help="of PyTorch, the best one counts: contiguous, or words joined by + of "
                                  f"{', '.join(WORDS)} (contiguous,channels_last)")  # fmt: skip
@@ -41,13 +43,14 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--infer", action="store_true", help="the forward pass of evaluation, not a training step")
         command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
         command.add_argument("--png", type=Path, metavar="FILE", help="draw it")
-    steps, single, operations, held = (commands.choices[name] for name in ("step", "layers", "ops", "memory"))
-    for command, turn, what in ((steps, 2.0, "steps"), (single, 0.1, "calls")):
+    steps, single, operations, held, job = (commands.choices[name] for name in ("step", "layers", "ops", "memory", "scaling"))
+    for command, turn, what in ((steps, 2.0, "steps"), (single, 0.1, "calls"), (job, 2.0, "steps")):
         command.add_argument("--pairs", type=positive, default=7, help="turns of each side (7)")
         command.add_argument("--turn", type=float, default=turn, metavar="SECONDS", help=f"of {what} in a row ({turn})")
     operations.add_argument("--rounds", type=positive, default=7, help="times that each launch is measured (7)")
     held.add_argument("--steps", type=positive, default=3, help="that each process trains (3)")
     held.add_argument("--runs", type=positive, default=3, help="processes of each kind; the median counts (3)")
+    add_ranks(job)
     add_reduce(commands)
     return top
 
@@ -81,6 +84,10 @@ def check(args: argparse.Namespace) -> None:
     if getattr(args, "against", None) and importlib.util.find_spec("torch") is None:
         raise Refused("--against torch: PyTorch is not installed here: pip install 'dpresnet[bench]' (in a checkout: make "
                       ".venv/installed-bench), or leave --against out to measure dpresnet alone")  # fmt: skip
+    if args.command == "scaling":
+        if (launch := launched()) and launch.size != 1:
+            raise Refused(f"scaling starts its ranks itself: run it without {launch.name}, and say --ranks {launch.size or 2}")
+        mpirun()
 
 
 def measure(args: argparse.Namespace, work: Workload) -> tuple[Facts, str]:
@@ -93,6 +100,10 @@ def measure(args: argparse.Namespace, work: Workload) -> tuple[Facts, str]:
     if args.command == "step":
         results = step.measure(work, peers, args.pairs, args.turn)
         return results, step.report(results, work)
+    if args.command == "scaling":
+        options = {name: getattr(args, name) for name in ("bn", "wire", "bucket_mb", "first_bucket_mb")}
+        results = scaling.measure(work, args.ranks, options, peers, args.pairs, args.turn)
+        return results, scaling.report(results, work)
     if args.command == "memory":
         results = memory.measure(work, peers, args.steps, args.runs)
         return results, memory.report(results, work)

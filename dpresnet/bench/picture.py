@@ -32,7 +32,8 @@ def draw(command: str, found: Facts, work: Workload, path: Path) -> None:
 
     matplotlib.use("agg")
     matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
-    figure = {"step": step, "layers": layers, "ops": ops, "memory": memory}[command](found["results"], work)
+    drawn = {"step": step, "layers": layers, "ops": ops, "memory": memory, "scaling": scaling}
+    figure = drawn[command](found["results"], work)
     box, commit = found["machine"], found["commit"] or f"dpresnet {found['versions']['dpresnet']}"
     figure.text(0.995, 0.008, f"{found['date'][:10]}, {commit}, {box['cpu']}", ha="right", fontsize=7, color=GREY)
     figure.savefig(path, dpi=150)
@@ -228,4 +229,33 @@ def memory(results: Facts, work: Workload) -> Any:
     chart.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
     handles, labels = chart.get_legend_handles_labels()
     chart.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+# ---- scaling
+
+
+def scaling(results: Facts, work: Workload) -> Any:
+    """The ratios of every round with their medians, and what is left of the speed of one rank."""
+    ratios, spreads = results["ratios"], results["spreads"]
+    figure, axes = figure_of(10, 4.2, f"{work.pass_name} on {results['ranks']} ranks: {work} for each", ncols=2,
+                             width_ratios=(1.4, 1))  # fmt: skip
+    lines = [("weak", "job: one / job", OURS), ("ceiling", "its ceiling: one / apart", GREY),
+             ("of_ceiling", "apart / job", SERIES[2]), ("ddp_weak", "DDP: ddp one / ddp", THEIRS)]  # fmt: skip
+    rounds, most = axes[0], 1.0
+    for name, label, colour in lines:
+        if name in ratios:
+            median, most = spreads[name]["median"], max(most, *ratios[name])
+            rounds.plot(range(1, len(ratios[name]) + 1), ratios[name], "o-", color=colour, label=f"{label}: {median:.2f}")
+            rounds.axhline(median, color=colour, linewidth=1, linestyle="--")
+    rounds.set(xlabel="round", ylabel="ratio", ylim=(0, 1.35 * most), title="round by round, with medians")
+    rounds.xaxis.get_major_locator().set_params(integer=True)
+    rounds.legend(loc="upper left", ncols=2, frameon=False)
+    bars, kept = axes[1], [("one", None, OURS), ("apart", "ceiling", GREY), ("job", "weak", OURS), ("ddp", "ddp_weak", THEIRS)]
+    for place, (name, key, colour) in enumerate(entry for entry in kept if entry[1] is None or entry[1] in spreads):
+        found = spreads[key] if key else {"median": 1.0, "least": 1.0, "most": 1.0}
+        median = found["median"]
+        bars.bar(name, median, yerr=[[median - found["least"]], [found["most"] - median]], color=colour, width=0.6, capsize=3)
+        bars.text(place, found["most"] + 0.02, f"{median:.2f}", ha="center", va="bottom")
+    bars.set(ylabel="efficiency", ylim=(0, 1.2 * most), title="speed of a process, by that of one alone (PyTorch: its own)")
     return figure

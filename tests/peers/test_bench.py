@@ -138,6 +138,23 @@ def test_layers_against_torch(tmp_path):
     assert len(chart.get_yticks()) == len(results["rows"])
 
 
+def test_scaling_against_torch(tmp_path):
+    argv = ["--against", "torch", "--pairs", "2", "--turn", "0.05"]
+    found, printed, pixels = bench("scaling", *TINY, *argv, folder=tmp_path)
+    results = found["results"]
+    alone, ddp, job = (results["sides"][name] for name in ("ddp one", "ddp", "job"))
+    assert ddp["warm"][0]["variant"] == alone["warm"][0]["variant"]
+    assert [len(turn) for turn in ddp["turns"]] == [2, 2] and len(results["ratios"]["weak"]) == 2
+    assert results["ratios"]["ddp_weak"] == [a / b for a, b in zip(alone["seconds"], ddp["seconds"], strict=True)]
+    assert results["ratios"]["against_ddp"] == [a / b for a, b in zip(ddp["seconds"], job["seconds"], strict=True)]
+    assert f"DistributedDataParallel with gloo, {alone['warm'][0]['variant']}, fp32: each process normalises by" in printed
+    assert not [line for line in results["warnings"] if "slept" in line]
+    assert min(pixels) > 500
+    bars = picture.scaling(results, WORK).axes[1].patches
+    spreads = results["spreads"]
+    assert [bar.get_height() for bar in bars] == [1.0, *(spreads[name]["median"] for name in ("ceiling", "weak", "ddp_weak"))]
+
+
 DDP = """
 import sys
 import torch
