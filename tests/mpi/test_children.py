@@ -46,7 +46,7 @@ def alive(process):
     return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def wait_for(done, limit=20.0):
+def wait_for(done, limit=20):
     until = time.monotonic() + limit
     while not done():
         assert time.monotonic() < until
@@ -71,6 +71,29 @@ def test_all_answer_in_the_order_of_their_ranks_and_none_is_left(size, mpi):
     assert time.monotonic() - began < children.END_S, "they end by themselves"
     assert [process.returncode for process in child._processes] == [0] * len(child._processes)
     assert workers(child._folder.name) == [] and not Path(child._folder.name).exists()
+
+
+WORKER = """
+import sys, time
+from dpresnet.bench.channel import dial
+_, folder, rank = sys.argv
+channel = dial(f"{folder}/socket")
+time.sleep(0.4 * (rank == "0"))
+channel.send({"rank": int(rank)})
+while channel.receive():
+    time.sleep(0.4 * (rank == "0"))
+    channel.send({"answer": f"of {rank}"})
+"""
+
+
+def test_the_order_is_not_that_in_which_they_speak(monkeypatch):
+    def start(launcher, job):
+        return subprocess.Popen([sys.executable, "-c", WORKER, job["folder"], str(job["rank"])])
+
+    monkeypatch.setattr(children, "start", start)
+    with Child("ours", WORK, 3) as child:
+        assert [found["rank"] for found in child.hello()] == [0, 1, 2]
+        assert [found["answer"] for found in child.ask("anything")] == ["of 0", "of 1", "of 2"]
 
 
 @HOW
@@ -133,6 +156,30 @@ def test_a_failure_elsewhere_ends_those_that_compute():
         later(interrupt)
         child.ask("run", steps=FOREVER)
     assert workers(child._folder.name) == []
+
+
+STUBBORN = """#!/bin/sh
+trap '' TERM
+shift 2
+setsid "$@" &
+setsid "$@" &
+wait
+"""
+
+
+def test_ranks_are_killed_that_their_launcher_leaves_behind(tmp_path, monkeypatch):
+    launcher = tmp_path / "mpirun"
+    launcher.write_text(STUBBORN)
+    launcher.chmod(0o755)
+    monkeypatch.setattr(children, "mpirun", lambda: str(launcher))
+    monkeypatch.setattr(children, "END_S", 0.5)
+    with pytest.raises(ZeroDivisionError), Child("ours", WORK, 2, mpi=True) as child:
+        child.hello()
+        for channel in child._channels:
+            channel.send({"do": "run", "steps": FOREVER})
+        time.sleep(SOON_S)
+        raise ZeroDivisionError
+    wait_for(lambda: not workers(child._folder.name), limit=5)
 
 
 PARENT = """

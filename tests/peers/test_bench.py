@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from problems import Case
 import dpresnet
 from dpresnet import reference
 from dpresnet.bench import layers, picture
+from dpresnet.bench.child import Child
 from dpresnet.bench.their_layers import Single, TheirLayers
 from dpresnet.bench.theirs import Theirs, Variant
 from dpresnet.bench.workload import Layer, Sgd, Workload
@@ -148,11 +150,20 @@ def test_scaling_against_torch(tmp_path):
     assert results["ratios"]["ddp_weak"] == [a / b for a, b in zip(alone["seconds"], ddp["seconds"], strict=True)]
     assert results["ratios"]["against_ddp"] == [a / b for a, b in zip(ddp["seconds"], job["seconds"], strict=True)]
     assert f"DistributedDataParallel with gloo, {alone['warm'][0]['variant']}, fp32: each process normalises by" in printed
-    assert not [line for line in results["warnings"] if "slept" in line]
     assert min(pixels) > 500
     bars = picture.scaling(results, WORK).axes[1].patches
     spreads = results["spreads"]
     assert [bar.get_height() for bar in bars] == [1.0, *(spreads[name]["median"] for name in ("ceiling", "weak", "ddp_weak"))]
+
+
+def test_processes_of_ddp_sleep_between_turns():
+    with Child("ddp", WORK, 2, variant="contiguous") as child:
+        child.hello()
+        child.ask("run", steps=1)
+        time.sleep(1)
+        for answer in child.ask("run", steps=1):
+            assert answer["waited_s"] > 0.9
+            assert answer["waited_cpu_s"] < 0.02 * answer["waited_s"]
 
 
 DDP = """
