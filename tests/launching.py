@@ -123,6 +123,17 @@ def session_members(leader: int) -> list[int]:
     return members
 
 
+def workers(folder: str | os.PathLike) -> list[int]:
+    """The processes, but for an mpirun, that have something in ``folder`` among their arguments (Linux)."""
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            program, *arguments = command.read_bytes().split(b"\0")
+            if b"mpirun" not in program and any(os.fsencode(folder) in argument for argument in arguments):
+                found.append(int(command.parent.name))
+    return sorted(found)
+
+
 def _kill_session(process: subprocess.Popen) -> None:
     """Returns when the process and all it has started are gone."""
     if process.poll() is None:

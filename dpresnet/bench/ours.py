@@ -47,9 +47,10 @@ class Ours:
         pixels = Pixels(np.array(edge), np.array(edge) / 2, padding=max(1, work.image // 8), flip=True)
         shape = (3, work.image, work.image)
         options = Options(work.classes, work.stem)
-        self.model = Model(self.device, work.arch, options, shape, work.batch, work.precision, pixels=pixels)
         scaler = LossScaler() if work.precision == "fp16" else LossScaler.disabled()
-        self.trainer = Trainer(self.model, self.comm, ranks, group=statistics_group(bn, ranks), scaler=scaler, **sums)
+        with in_turn(self.comm):
+            self.model = Model(self.device, work.arch, options, shape, work.batch, work.precision, pixels=pixels)
+            self.trainer = Trainer(self.model, self.comm, ranks, group=statistics_group(bn, ranks), scaler=scaler, **sums)
         self.lr, self._hyper = sgd.lr, Hyper(sgd.momentum, sgd.weight_decay)
         random = np.random.default_rng(rank)
         self._batches = [
@@ -80,11 +81,8 @@ class Ours:
         """Compiles and settles; seconds of a step afterwards, the steps that the loss scaler dropped on the way, and which
         measured tile sizes the device has.
         """
-        if self.comm.local_rank:
-            self.comm.node_barrier()  # the first rank of a node compiles, the others find it in the cache
-        self.trainer.replicas.warm()  # runs the update too, on whatever lies in the gradients
-        if not self.comm.local_rank:
-            self.comm.node_barrier()
+        with in_turn(self.comm):
+            self.trainer.replicas.warm()  # runs the update too, on whatever lies in the gradients
         self.trainer.restore(initial_state(self.model.state, 0))
         skipped = 0
         for _ in range(SETTLING_STEPS):
@@ -172,6 +170,18 @@ class Ours:
     def memory(self) -> Facts:
         """Bytes that the arenas hold, by home."""
         return {"parts": {home: sum(chunks) for home, chunks in self.model.bytes.items()}}
+
+
+@contextmanager
+def in_turn(comm: Comm) -> Iterator[None]:
+    """Within, the first rank of a node compiles; the others come when it is done, and find all kernels in the cache."""
+    if comm.local_rank:
+        comm.node_barrier()
+    try:
+        yield
+    finally:
+        if not comm.local_rank:
+            comm.node_barrier()
 
 
 def span(event: cl.Event) -> Span:

@@ -6,11 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import OPEN_MPI, remove_shared_memory
+from launching import OPEN_MPI, remove_shared_memory, workers
 
 from dpresnet.bench import child as children
 from dpresnet.bench.child import Child
@@ -29,21 +28,6 @@ def any_mpi(monkeypatch):
         monkeypatch.setenv(name, value)
     yield
     remove_shared_memory()
-
-
-def workers(folder):
-    """Processes that serve the parent with that folder."""
-    found = []
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = command.read_bytes().split(b"\0")
-            if b"mpirun" not in words[0] and any(folder.encode() in word for word in words) and alive(command.parent):
-                found.append(int(command.parent.name))
-    return sorted(found)
-
-
-def alive(process):
-    return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def wait_for(done, limit=20):
@@ -179,6 +163,7 @@ def test_ranks_are_killed_that_their_launcher_leaves_behind(tmp_path, monkeypatc
             channel.send({"do": "run", "steps": FOREVER})
         time.sleep(SOON_S)
         raise ZeroDivisionError
+    assert [process.returncode for process in child._processes] == [-signal.SIGKILL]
     wait_for(lambda: not workers(child._folder.name), limit=5)
 
 

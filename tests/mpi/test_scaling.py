@@ -1,17 +1,23 @@
 """What a job is worth: who is asked what and when, what is made of the answers, and a real run on a tiny network."""
 
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from launching import OPEN_MPI, python
+from launching import OPEN_MPI, python, remove_shared_memory, workers
 
 from dpresnet.bench import __main__ as program
 from dpresnet.bench import facts, ours, scaling
 from dpresnet.bench.workload import Workload
 from dpresnet.comm import Solo
+from dpresnet.errors import Refused
 
 WORK = Workload("resnet20", image=8, batch=2)
 TINY = ["scaling", "--arch", "resnet20", "--image", "8", "--batch", "2", "--pairs", "2", "--turn", "0.05"]
@@ -49,6 +55,22 @@ def test_a_whole_run(tmp_path):
     assert all(results["traffic"][key]["least"] > 0 for key in ("comm_ms", "exposed_ms"))
     assert results["traffic"]["sent_mb"]["median"] == pytest.approx(2 * parameters / 1e6, rel=0.1), "bf16: 2 bytes"
     assert results["options"]["bn"] == "local" and "none" not in results["mpi"] and results["mpi"] in done.stdout
+
+
+def test_a_process_that_dies_ends_the_measurement(tmp_path):
+    """While all sides are there, and the others sleep."""
+    command = [sys.executable, "-m", "dpresnet.bench", *TINY, "--pairs", "1000000"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              env=os.environ | OPEN_MPI | {"TMPDIR": str(tmp_path)})  # fmt: skip
+    with parent:
+        while len(found := workers(tmp_path)) < sum(OURS.values()):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        os.kill(found[-1], signal.SIGKILL)
+        assert parent.wait() == 1
+        assert parent.stderr.read().count("of ours ended with exit code") == 1
+    remove_shared_memory()
+    assert workers(tmp_path) == [] and list(tmp_path.glob("dpresnet-*")) == []
 
 
 @pytest.mark.parametrize(
@@ -186,3 +208,13 @@ def test_a_rank_has_images_of_its_own_and_counts_those_of_all(monkeypatch):
     monkeypatch.setattr(sides[1].trainer, "step", lambda batches, count, *rest: counts.append(count) or outcome)
     sides[1].step()
     assert counts == [2 * WORK.batch]
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["compiles", "waits"]), (2, ["waits", "compiles"])])
+def test_the_first_rank_of_a_node_compiles_before_the_others(rank, order):
+    heard = []
+    comm = SimpleNamespace(local_rank=rank, node_barrier=lambda: heard.append("waits"))
+    with pytest.raises(Refused), ours.in_turn(comm):
+        heard.append("compiles")
+        raise Refused("all of them will")
+    assert heard == order
