@@ -32,7 +32,7 @@ LAYERS = [
     ["network", "setup", "machine", "course", "tracing"],
     ["session"],
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
-    ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.worker"],
+    ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.exchanges", "bench.worker"],
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
 ]

@@ -1,4 +1,4 @@
-"""Measurements:  python -m dpresnet.bench step | layers | ops | memory | scaling | reduce
+"""Measurements:  python -m dpresnet.bench step | layers | ops | memory | scaling | reduce | exchanges
 
     step     a whole training step (or --infer) against PyTorch's on the same cores, interleaved
     layers   single convolutions against PyTorch's, interleaved

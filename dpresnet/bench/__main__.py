@@ -11,9 +11,9 @@ from pathlib import Path
 from dpresnet import environment
 from dpresnet.bench import facts, layers, memory, ops, picture, reduce, scaling, step
 from dpresnet.bench.child import mpirun
-from dpresnet.bench.flags import add_ranks, add_workload, positive, workload
+from dpresnet.bench.flags import add_exchanges, add_ranks, add_workload, positive, workload
 from dpresnet.bench.workload import Facts, Workload
-from dpresnet.comm import connect, launched
+from dpresnet.comm import Comm, connect, launched
 from dpresnet.errors import Refused, exit_code
 from dpresnet.failure import Guard
 
@@ -23,7 +23,7 @@ WORDS = ("channels_last", "compile", "bf16")  # of which a variant of PyTorch is
 def parser() -> argparse.ArgumentParser:
     """Subcommands and their flags."""
     top = argparse.ArgumentParser(prog="python -m dpresnet.bench", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="step | layers | ops | memory | scaling | reduce")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, batch, text in (
         ("step", 64, "whole training steps, interleaved with PyTorch's if asked"),
         ("layers", 64, "single convolutions, forward and backward, interleaved with PyTorch's if asked"),
@@ -51,19 +51,25 @@ def parser() -> argparse.ArgumentParser:
     held.add_argument("--steps", type=positive, default=3, help="that each process trains (3)")
     held.add_argument("--runs", type=positive, default=3, help="processes of each kind; the median counts (3)")
     add_ranks(job)
-    add_reduce(commands)
+    add_jobs(commands)
     return top
 
 
-def add_reduce(commands: argparse._SubParsersAction) -> None:
-    """The only one that measures the ranks of a job, and no network."""
+def add_jobs(commands: argparse._SubParsersAction) -> None:
+    """Those that an mpirun starts, on each rank."""
     text = "the sum of gradients over ranks: mpirun -n 2 python -m dpresnet.bench reduce"
-    command = commands.add_parser("reduce", help=text, description=text)
-    command.add_argument("--mb", type=float, default=45.0, metavar="MB", help="gradients of a rank, 10^6 bytes of fp32 (45)")
-    command.add_argument("--bucket-mb", type=float, default=25.0, metavar="MB", help="of them in a bucket (25)")
-    command.add_argument("--rounds", type=positive, default=9, help="in which all strategies take turns (9)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    command.set_defaults(png=None)
+    reducing = commands.add_parser("reduce", help=text, description=text)
+    reducing.add_argument("--mb", type=float, default=45.0, metavar="MB", help="gradients of a rank, 10^6 bytes of fp32 (45)")
+    reducing.add_argument("--bucket-mb", type=float, default=25.0, metavar="MB", help="of them in a bucket (25)")
+    text = "what exchanges cost a step: mpirun -n 2 python -m dpresnet.bench exchanges"
+    exchanging = commands.add_parser("exchanges", help=text, description=text)
+    add_workload(exchanging, 32, threads=1)
+    add_exchanges(exchanging)
+    exchanging.add_argument("--turn", type=float, default=1.0, metavar="SECONDS", help="of steps in a row (1)")
+    for command in (reducing, exchanging):
+        command.add_argument("--rounds", type=positive, default=9, help="in which everything compared takes turns (9)")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+        command.set_defaults(png=None)
 
 
 def variants(text: str) -> list[str]:
@@ -116,8 +122,8 @@ def run(argv: Sequence[str] | None) -> None:
     """Checks, measures, prints, writes."""
     args = parser().parse_args(argv)
     check(args)
-    if args.command == "reduce":
-        run_reduce(args)
+    if args.command in ("reduce", "exchanges"):
+        run_in_job(args)
         return
     work = workload(args)
     found = facts.gather(args) | {"workload": vars(work)}
@@ -132,16 +138,30 @@ def run(argv: Sequence[str] | None) -> None:
         picture.draw(args.command, found, work, args.png)
 
 
-def run_reduce(args: argparse.Namespace) -> None:
+def run_in_job(args: argparse.Namespace) -> None:
     """On each rank; rank 0 prints and writes."""
     with Guard() as job:
         job.comm = comm = connect()
-        results = reduce.measure(comm, args.mb, args.bucket_mb, args.rounds)
+        results, text = measure_in_job(args, comm)
         if comm.rank == 0:
             found = facts.gather(args)
-            print(facts.heading(found), reduce.report(results), sep="\n")
+            print(facts.heading(found), text, sep="\n")
             if args.json:
                 facts.write_json(args.json, found | {"results": results})
+
+
+def measure_in_job(args: argparse.Namespace, comm: Comm) -> tuple[Facts, str]:
+    """What the subcommand found, and its table."""
+    if args.command == "reduce":
+        results = reduce.measure(comm, args.mb, args.bucket_mb, args.rounds)
+        return results, reduce.report(results)
+    work = workload(args)
+    environment.prepare(work.threads, comm.local_rank, comm.local_size)
+    from dpresnet.bench import exchanges  # loads OpenCL
+
+    buckets = {name: getattr(args, name) for name in ("bucket_mb", "first_bucket_mb")}
+    results = exchanges.measure(comm, work, args.bn, args.rounds, args.turn, **buckets)
+    return results, exchanges.report(results, work)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

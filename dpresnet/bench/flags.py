@@ -29,8 +29,13 @@ def add_workload(command: argparse.ArgumentParser, batch: int, threads: int = 0)
 def add_ranks(command: argparse.ArgumentParser) -> None:
     """The flags of a job: how many ranks, and how they work together, as in `dpresnet.train`."""
     command.add_argument("--ranks", type=several, default=2, help="of the job, and processes of what it is compared with (2)")
-    command.add_argument("--bn", default="sync", choices=["sync", "local"], help="statistics of all ranks, or of each (sync)")
     command.add_argument("--wire", default=Config.wire, choices=list(WIRES), help=f"how gradients travel ({Config.wire})")
+    add_exchanges(command)
+
+
+def add_exchanges(command: argparse.ArgumentParser) -> None:
+    """The flags of what ranks have to do with each other, as in `dpresnet.train`."""
+    command.add_argument("--bn", default="sync", choices=["sync", "local"], help="statistics of all ranks, or of each (sync)")
     for flag, size in (("--bucket-mb", Config.bucket_mb), ("--first-bucket-mb", Config.first_bucket_mb)):
         command.add_argument(flag, type=above_0, default=size, metavar="MIB", help=f"gradients reduced at once ({size:g})")
 
