@@ -11,6 +11,9 @@ completes as much of the tree in its segment as the replicas of the node cover, 
 the ranks that hold the same segment on the other nodes. The results go back the same way. So a node sends a sum of its
 replicas once to the others, instead of a part from every rank.
 
+Where the ranks of a node have the memory of their gradients in common (`dpresnet.shared`), the first stage needs no messages:
+a rank adds its segment of all arenas where they lie, and copies the segments that others have added.
+
 `MpiAllreduce` leaves the sum over ranks, and its order, to the MPI library.
 
 MPI makes no progress on its own: whoever is busy elsewhere calls ``progress()`` now and then.
@@ -25,6 +28,7 @@ import numpy as np
 
 from dpresnet import trace, tree
 from dpresnet.comm import BULK_SPIN_S, Comm, Group, Level, Request
+from dpresnet.shared import Commons, Shared
 from dpresnet.wire import WIRES, Wire
 
 # Each poll moves one small piece of the data (under MPICH on one node). So progress() polls several times, and wait() does
@@ -136,7 +140,11 @@ class Allreduce(ABC):
                 f"bucket {min(self._waiting)} was started, but bucket {self._launched}, which goes before it, never was"
             )
         self._comm.wait_until(self._finished, BULK_SPIN_S)
+        self._leave()
         self._forget()
+
+    def _leave(self) -> None:  # noqa: B027  only where memory is shared
+        """Returns when no other rank needs this one's arrays any more."""
 
     def _finished(self) -> bool:
         self.progress()
@@ -205,7 +213,7 @@ class _Stage:
     def __init__(self, group: Group, held: list[list[Node]], sums: list[Node], n: int, wire: Wire) -> None:
         lengths, nodes = segments(n, group.size, wire.unit), [held[rank] for rank in group.ranks]
         rounds = range(max(map(len, held)))  # also where this group needs fewer: every group starts as many operations
-        self._group, self._sums = group, sums
+        self._group, self._sums, self._wire = group, sums, wire
         self._rounds = [_Round(j, group.rank, nodes, lengths, wire) for j in rounds]
         self._counts = [wire.nbytes(length) for length in lengths]
         self.own_length, self.nbytes = lengths[group.rank], wire.nbytes(n)  # of this rank's segment; of what is given back
@@ -223,9 +231,65 @@ class _Stage:
         parts = {node: part for of in self._rounds for node, part in of.parts().items()}
         return [tree.fold(*node, lambda lo, hi: parts.get((lo, hi)), _add) for node in self._sums]
 
-    def gather(self, message: np.ndarray, received: np.ndarray, what: str) -> Request:
-        """Starts joining the ranks' messages in ``received`` [nbytes]; they are the sums in the wire's format."""
-        return self._group.start_allgather(message, received, self._counts, what)
+    def gather(self, message: np.ndarray, out: np.ndarray | None, what: str) -> Iterator[None]:
+        """Joins the ranks' messages, which are sums in the wire's format, and returns them; with ``out`` [n] (float32) leaves
+        there what they say.
+        """
+        received = np.empty(self.nbytes, np.uint8) if out is None else self._wire.room(out)
+        yield from _ended([self._group.start_allgather(message, received, self._counts, what)])
+        if out is not None:
+            self._wire.decode(received, out)
+        return received
+
+
+class _SharedStage:
+    """The same for ranks that see each other's ``leaves`` of the bucket: float32 [n] of each replica of the node.
+
+    No lock is needed, because between the two points that all come to, ``counter`` and the next one, only the rank that sums a
+    segment touches it, in any leaf; and afterwards nobody writes until all have left.
+    """
+
+    def __init__(self, group: Group, held: list[list[Node]], sums: list[Node], leaves: dict[int, np.ndarray], wire: Wire,
+                 shared: Shared, counter: int) -> None:  # fmt: skip
+        n = min(leaves.values(), key=len).size
+        bounds = np.cumsum([0, *segments(n, group.size, wire.unit)]).tolist()
+        self._group, self._sums, self._wire, self._shared, self._counter = group, sums, wire, shared, counter
+        own = slice(*bounds[group.rank : group.rank + 2])
+        self.own_length = own.stop - own.start
+        self._parts = {node: leaves[node[0]][own] for rank in group.ranks for node in held[rank]}
+        first = [leaves[held[rank][0][0]] for rank in group.ranks]  # where each rank leaves what it has summed
+        self._results = [(leaf[a:b], slice(a, b)) for leaf, (a, b) in zip(first, pairwise(bounds), strict=True)]
+        self._result = self._results[group.rank][0]
+
+    def scatter(self, sums: list[np.ndarray], what: str) -> list[Request]:
+        """Says that this rank's ``sums`` are in its leaves."""
+        return [self._group.start_shared("alltoall", self._shared, self._counter, self._message_bytes, what)]
+
+    def fold(self) -> list[np.ndarray]:
+        """The sums in this rank's segment, when all ranks have theirs in their leaves."""
+        if len(self._sums) > 1:
+            return [tree.fold(*node, self._part, _add) for node in self._sums]
+        (lo, hi) = self._sums[0]
+        halves = [tree.fold(*half, self._part, _add) for half in ((lo, tree.middle(lo, hi)), (tree.middle(lo, hi), hi))]
+        return [np.add(*halves, out=self._result)]
+
+    def gather(self, message: np.ndarray, out: np.ndarray, what: str) -> Iterator[None]:
+        """Leaves in ``out`` [n] what the ranks' messages say."""
+        _move(self._wire.decode(message, self._result), self._result)
+        yield from _ended([self._group.start_shared("allgather", self._shared, self._counter + 1, self._message_bytes, what)])
+        for values, place in self._results:
+            _move(values, out[place])
+
+    def leave(self) -> Request:
+        """Says that this rank needs the others' leaves no more."""
+        return self._group.start_shared("allgather", self._shared, self._counter + 2, 0, "all to have the sums")
+
+    @property
+    def _message_bytes(self) -> int:
+        return 4 * self.own_length
+
+    def _part(self, lo: int, hi: int) -> np.ndarray | None:
+        return self._parts.get((lo, hi))
 
 
 class TreeAllreduce(Allreduce):
@@ -233,23 +297,28 @@ class TreeAllreduce(Allreduce):
     16 bits each replica's contribution is rounded, and the sum: see `dpresnet.wire`.
     """
 
-    def __init__(self, comm: Comm, replicas: int, buckets: Sequence[slice], wire: Wire = WIRES["fp32"]) -> None:
+    def __init__(self, comm: Comm, replicas: int, buckets: Sequence[slice], wire: Wire = WIRES["fp32"],
+                 commons: Commons | None = None) -> None:  # fmt: skip
         super().__init__(comm, replicas, buckets)
-        self._wire = wire
+        self._wire, self._commons = wire, commons
         if odd := [n for n in self._lengths if n % wire.unit]:
             raise ValueError(f"a bucket of {odd[0]} values cannot travel as {wire.name}: use multiples of {wire.unit}")
         held = [tree.maximal_nodes(replicas, range(r * self._local, (r + 1) * self._local)) for r in range(comm.size)]
         lengths = self._lengths
         self._stages: list[tuple[_Stage, ...]] = [() for _ in lengths]
-        for group in comm.groups:
+        for level, group in enumerate(comm.groups):
             joined = _joined(replicas, held, group.level)
-            stages = [_Stage(group, held, joined[comm.rank], n, wire) for n in lengths]
+            if commons and level == 0:
+                stages = self._stages_in(commons, buckets, group, held, joined[comm.rank])
+            else:
+                stages = [_Stage(group, held, joined[comm.rank], n, wire) for n in lengths]
             self._stages = [(*before, stage) for before, stage in zip(self._stages, stages, strict=True)]
             held, lengths = joined, [stage.own_length for stage in stages]
 
     def _reduce(self, k: int, leaves: list[np.ndarray], out: np.ndarray) -> Iterator[None]:
-        for leaf in leaves if self._comm.size == 1 or len(leaves) > 1 else ():  # others are rounded on their way
-            self._wire.round(leaf)
+        if self._commons or self._comm.size == 1 or len(leaves) > 1:  # otherwise they are rounded on their way
+            for leaf in leaves:
+                self._wire.round(leaf)
         sums = [self._partial_sum(node, leaves) for node in self._nodes]
         if self._comm.size == 1:
             self._wire.round(sums[0])
@@ -263,11 +332,23 @@ class TreeAllreduce(Allreduce):
             sums = stage.fold()
         message = self._wire.encode(sums[0])
         for level, stage in reversed(list(enumerate(stages))):
-            received = np.empty(stage.nbytes, np.uint8) if level else self._wire.room(out)
             yield from self._turn(k, f"gather {level}")
-            yield from _ended([stage.gather(message, received, f"the sum of bucket {k}")])
-            message = received
-        self._wire.decode(message, out)
+            message = yield from stage.gather(message, None if level else out, f"the sum of bucket {k}")
+
+    def _stages_in(self, commons: Commons, buckets: Sequence[slice], group: Group, held: list[list[Node]],
+                   sums: list[Node]) -> list[_SharedStage]:  # fmt: skip
+        """A stage for each bucket between ranks that have their gradient arenas in common."""
+        replicas = [rank * self._local + j for rank in group.ranks for j in range(self._local)]
+        whole = dict(zip(replicas, [arena.view(np.float32) for of in commons.arenas for arena in of], strict=True))
+        stages = []
+        for k, bucket in enumerate(buckets):
+            leaves = {replica: arena[bucket] for replica, arena in whole.items()}
+            stages.append(_SharedStage(group, held, sums, leaves, self._wire, commons.shared, 2 * k))
+        return stages
+
+    def _leave(self) -> None:
+        if self._commons:
+            self._stages[-1][0].leave().wait()
 
     def _turn(self, k: int, operation: str) -> Iterator[None]:
         """Ends when all buckets before ``k`` have begun an operation: buckets share its communicator, so on every rank they
@@ -295,6 +376,15 @@ def _joined(replicas: int, held: list[list[Node]], level: Level) -> list[list[No
     return joined
 
 
-def allreduce(comm: Comm, replicas: int, buckets: Sequence[slice], reduce: str = "tree", wire: str = "fp32") -> Allreduce:
-    """By the names of ``--reduce`` and ``--wire``."""
-    return MpiAllreduce(comm, replicas, buckets) if reduce == "mpi" else TreeAllreduce(comm, replicas, buckets, WIRES[wire])
+def _move(values: np.ndarray, out: np.ndarray) -> None:
+    """Copies them, unless they are there."""
+    if values.ctypes.data != out.ctypes.data:
+        out[:] = values
+
+
+def allreduce(comm: Comm, replicas: int, buckets: Sequence[slice], reduce: str = "tree", wire: str = "fp32",
+              commons: Commons | None = None) -> Allreduce:  # fmt: skip
+    """By the names of ``--reduce`` and ``--wire``; ``commons`` hold the gradients if those lie in memory that ranks share."""
+    if reduce == "mpi":
+        return MpiAllreduce(comm, replicas, buckets)
+    return TreeAllreduce(comm, replicas, buckets, WIRES[wire], commons)

@@ -28,6 +28,7 @@ import numpy as np
 from dpresnet.errors import Late, Refused
 from dpresnet.events import GAVE_UP, Event, Note, Ring, Traffic, describe, missing, read
 from dpresnet.launcher import Launch, join, launched, library
+from dpresnet.shared import Shared, accept, offer, whole_bytes
 
 JOIN_LIMIT_S = 300.0  # all ranks have entered MPI_Init by then, or one never will
 DELIVERY_S = 0.3  # what a rank prints before an abort reaches the launcher in this time, if at all
@@ -116,6 +117,9 @@ class Solo:
     def node_barrier(self) -> None:
         pass
 
+    def share(self, nbytes: int) -> None:
+        return None
+
     def start_allreduce(self, values: np.ndarray, what: str = "") -> "Done":
         return Done()
 
@@ -197,6 +201,10 @@ class Group:
         arrays = send, [recv, recv_counts]
         sent = send.nbytes * (self.size - 1)
         return self._begin("allgather", self._allgather.Iallgatherv, arrays, send.nbytes, sent, what)
+
+    def start_shared(self, kind: str, shared: Shared, counter: int, nbytes: int, what: str) -> Request:
+        """Tell the others, who share memory with this rank, that ``nbytes`` are ready for each of them, and wait for theirs."""
+        return self._begin(kind, shared.reach, (counter,), nbytes, nbytes * (self.size - 1), what)
 
     def _begin(self, kind: str, operation: Callable[..., Any], arrays: tuple, nbytes: int, sent: int, what: str) -> Request:
         return self._start(kind + self._suffix, operation, *arrays, nbytes=nbytes, sent=sent, what=what + self._where)
@@ -337,6 +345,25 @@ class World:
     def node_barrier(self) -> None:
         """Returns when all ranks that share memory with this one have called it."""
         self.start("node", self._node.Ibarrier).wait()
+
+    def share(self, nbytes: int) -> Shared | None:
+        """Memory of ``nbytes`` (whole pages) for each rank of this node, in common with the others; collective over the job.
+
+        None unless all ranks get some, and the ranks of a node sum among themselves first.
+        """
+        if self.size == 1 or len(self.groups[0].ranks) != self.local_size:
+            return None
+        total, address, found = whole_bytes(self.local_size, nbytes), np.full(2, -1), None
+        with suppress(OSError):  # then all do without
+            if self.local_rank == 0:
+                address[:] = os.getpid(), offer(total)
+        self.start("node", self._node.Ibcast, address, 0).wait()
+        with suppress(OSError):
+            found = Shared(accept(*address, total), self.local_rank, self.local_size)
+        failed = self.agree([found is None])[0]
+        if self.local_rank == 0 and address[1] >= 0:
+            os.close(address[1])
+        return None if failed else found
 
     def start_allreduce(self, values: np.ndarray, what: str = "") -> Request:
         """Start adding the float32 ``values`` of all ranks, in place, in an order that the MPI library chooses."""

@@ -33,7 +33,7 @@ RESUMABLE = frozenset({
     "check_every", "timeout",
     "bucket_mb", "first_bucket_mb", "overlap",  # sums are taken element by element, wherever buckets end and whenever they go
     "out", "resume", "save_every_epochs", "save_every_steps", "keep", "record_every", "trace", "trace_steps",
-    "device", "threads", "debug", "dry_run",
+    "device", "threads", "bind", "debug", "dry_run",
 })
 """The fields that a resumed run may change, because they do not enter the mathematics. ``epochs`` joins them where the
 schedule is "constant", and a data set may move to another folder: its fingerprint is compared when it is opened."""
@@ -114,6 +114,8 @@ class Config:
 
     device: str = _flag("auto", "device", "OpenCL device: its index, or part of its name", metavar="auto|INDEX|NAME")
     threads: int = _flag(0, "device", "CPU threads per rank; 0: cores / ranks on the node", least=0)
+    bind: bool = _flag(True, "device", "keep the ranks of a node on separate cores, if there are enough and the launcher has "
+                       "bound none")
     debug: bool = _flag(False, "device", "one process, synchronous launches, every output checked for NaN and inf")
     dry_run: bool = _flag(False, "device", "print the plan and its memory, then stop")
 

@@ -167,9 +167,11 @@ class Device:
         except cl.Error as error:
             raise BuildError(f"kernels/{key} for {self.name}:\n{error}") from None
 
-    def arena(self, nbytes: int) -> Arena:
-        """Allocates zeroed memory of at least one byte."""
-        return Arena(self, max(ALIGNMENT, nbytes))
+    def arena(self, nbytes: int, host: np.ndarray | None = None) -> Arena:
+        """Allocates zeroed memory of at least one byte; on a device with ``host_memory`` it may be that of ``host``, uint8 on
+        a page boundary.
+        """
+        return Arena(self, max(ALIGNMENT, nbytes), host)
 
     def enqueue(self, kernel: cl.Kernel, size: tuple[int, ...]) -> cl.Event:
         """Starts a kernel. On a CPU a work-item is a task of its own; elsewhere the driver groups them."""
@@ -195,12 +197,12 @@ class Arena:
     On a CPU both are the same memory. Elsewhere the host side is a pinned mirror, and `pull` / `push` copy ranges.
     """
 
-    def __init__(self, device: Device, nbytes: int):
+    def __init__(self, device: Device, nbytes: int, host: np.ndarray | None = None):
         self.device, self.nbytes = device, nbytes
         flags = cl.mem_flags
         try:
             if device.host_memory:
-                self._host = aligned_bytes(nbytes)
+                self._host = aligned_bytes(nbytes) if host is None else host[:nbytes]
                 self._buffer = cl.Buffer(device.context, flags.READ_WRITE | flags.USE_HOST_PTR, hostbuf=self._host)
             else:
                 self._buffer = cl.Buffer(device.context, flags.READ_WRITE, nbytes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpresnet.errors import Refused
@@ -50,6 +51,34 @@ def _check_in_force(settings: dict[str, str]) -> None:
                 f"pyopencl is already loaded with {current} threads, {value} are asked for: "
                 f"call dpresnet.environment.prepare before the first import of pyopencl, or set {name}={value}"
             )
+
+
+def bind(everyone: Sequence[tuple[str, frozenset[int]]], rank: int, threads: int = 0) -> None:
+    """Keeps this process, ``rank`` of a job whose ranks have these (host, cores), to its share of its cores.
+
+    The threads of a rank that waits for others would otherwise take turns with those of a rank that computes. Nothing happens
+    where a launcher has given the ranks of a host different cores, or where there are fewer cores in a share than ``threads``.
+    """
+    host, cores = everyone[rank]
+    peers = [r for r, (other, theirs) in enumerate(everyone) if other == host and theirs & cores]
+    share = len(cores) // len(peers)
+    if len(peers) > 1 and share >= max(1, threads) and all(everyone[r][1] == cores for r in peers):
+        place = peers.index(rank) * share
+        os.sched_setaffinity(0, sorted(cores, key=place_of)[place : place + share])
+
+
+def place_of(core: int) -> tuple[int, int, int]:
+    """Neighbours in this order share caches and memory: its processor, its physical core, its number."""
+    folder = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        return int((folder / "physical_package_id").read_text()), int((folder / "core_id").read_text()), core
+    except (OSError, ValueError):
+        return 0, core, core
+
+
+def own_cores() -> frozenset[int]:
+    """Where this process may run; empty where a system does not tell."""
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 
 
 def usable_cores() -> int:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyopencl as cl
 
 from dpresnet.model import PRIVATE, SHARED, Model, Recorded
 from dpresnet.plan import Entry, Exchange, Launch, Memory, Plan, Ready, Tensor, bind
+from dpresnet.shared import Commons, paged
 
 Handler = Callable[..., None]
 Inspector = Callable[[int, Entry], None]
@@ -43,10 +45,24 @@ class Replica:
     kernels: dict[Plan, list[cl.Kernel | None]]
 
 
-class Replicas:
-    """``count`` replicas of a model, the first of which is number ``first`` of all."""
+def share_gradients(model: Model, comm: Any, replicas: int, reduce: str = "tree") -> Commons | None:
+    """Gradient arenas that the ranks of a node have in common, where that helps: sums read them where they are.
 
-    def __init__(self, model: Model, first: int, count: int):
+    Collective over the ranks of ``comm``, which have ``replicas`` in all.
+    """
+    if not model.device.host_memory or reduce != "tree":
+        return None
+    local, nbytes = replicas // comm.size, paged(model.bytes["gradient"][0])
+    shared = comm.share(local * nbytes)
+    return Commons(shared, local, nbytes) if shared else None
+
+
+class Replicas:
+    """``count`` replicas of a model, the first of which is number ``first`` of all; their gradients lie in the ``commons`` if
+    there are any.
+    """
+
+    def __init__(self, model: Model, first: int, count: int, commons: Commons | None = None):
         self.model, self.device = model, model.device
         self.observe: Callable[[Launch, cl.Event], None] | None = None  # told of every launch, for measurements
         shared = {home: self._arenas(home) for home in SHARED}
@@ -54,7 +70,10 @@ class Replicas:
         constants = self._constants
         self.all: list[Replica] = []
         for number in range(first, first + count):
-            memory = Memory({**shared, **{home: self._arenas(home) for home in PRIVATE}})
+            own = {home: self._arenas(home) for home in PRIVATE if home != "gradient" or not commons}
+            if commons:
+                own["gradient"] = [self.device.arena(*model.bytes["gradient"], commons.own[number - first])]
+            memory = Memory(shared | own)
             plans = (model.train.plan, model.evaluate.plan, model.evaluate.prepare)
             self.all.append(Replica(number, memory, {plan: bind(plan, memory, constants) for plan in plans}))
         for replica in self.all:

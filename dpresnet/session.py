@@ -23,10 +23,13 @@ from dpresnet.data import Batch, load
 from dpresnet.device import Device, candidates
 from dpresnet.errors import GaveUp, Refused, Stopped
 from dpresnet.failure import StopFlag
+from dpresnet.replicas import share_gradients
 from dpresnet.report import Reporter
 from dpresnet.setup import (
+    build_model,
     build_trainer,
     check_dataset,
+    check_memory,
     claim,
     find_checkpoint,
     from_rank_0,
@@ -67,8 +70,12 @@ class Session:
         if not cfg.dry_run:
             notes += from_rank_0(comm, lambda: self._claim_folder(cfg, saved))
             comm.keep_events(self.events)
-        self._ranks_on_device = -(-comm.local_size // len(devices))
-        self.trainer = self._in_turn(self._build)
+        ranks_on_device = -(-comm.local_size // len(devices))
+        model = build_model(self.device, cfg, self.dataset)
+        check_memory(model, cfg.replicas // comm.size, ranks_on_device)
+        comm.events.what = "memory in common"
+        commons = share_gradients(model, comm, cfg.replicas, cfg.reduce)
+        self.trainer = self._in_turn(lambda: build_trainer(cfg, model, comm, commons))
         comm.events.what = "what the ranks are to have in common"
         handshake(comm, self._facts())
         self.longest: deque[float] = deque([0.0], RECENT)  # seconds of the last steps
@@ -101,9 +108,6 @@ class Session:
         trail.forget(self.trails, after=saved.meta["progress"]["step"] if saved else -1)
         note = "" if cfg.resume else put_aside(self.folder)
         return [note] if note else []
-
-    def _build(self) -> Trainer:
-        return build_trainer(self.device, self.cfg, self.dataset, self.comm, self._ranks_on_device)
 
     def _in_turn(self, build: Callable[[], Trainer]) -> Trainer:
         """The first rank of a node compiles every kernel into the shared cache, the others find it there.

@@ -22,6 +22,7 @@ from dpresnet.device import Device
 from dpresnet.errors import GaveUp, Refused
 from dpresnet.model import PRIVATE, Model, Pixels
 from dpresnet.resnet import Options, resolve_shortcut
+from dpresnet.shared import Commons
 from dpresnet.trainer import Trainer
 
 T = TypeVar("T")
@@ -144,14 +145,12 @@ def build_model(device: Device, cfg: Config, dataset: Dataset) -> Model:
                  accumulate=cfg.accumulate > 1)  # fmt: skip
 
 
-def build_trainer(device: Device, cfg: Config, dataset: Dataset, comm: Comm, ranks_on_device: int = 1) -> Trainer:
-    """The network of a resolved configuration with this rank's replicas, before anything is in its arrays."""
-    model = build_model(device, cfg, dataset)
-    check_memory(model, cfg.replicas // comm.size, ranks_on_device)
+def build_trainer(cfg: Config, model: Model, comm: Comm, commons: Commons | None = None) -> Trainer:
+    """This rank's replicas of a resolved configuration's network, before anything is in their arrays."""
     scaler = LossScaler() if cfg.precision == "fp16" else LossScaler.disabled()
     return Trainer(model, comm, cfg.replicas, group=statistics_group(cfg.bn, cfg.replicas), scaler=scaler,
                    first_bucket_mb=cfg.first_bucket_mb, bucket_mb=cfg.bucket_mb, reduce=cfg.reduce, wire=cfg.wire,
-                   overlap=cfg.overlap, check=cfg.debug)  # fmt: skip
+                   overlap=cfg.overlap, check=cfg.debug, commons=commons)  # fmt: skip
 
 
 def check_memory(model: Model, replicas: int, ranks_on_device: int) -> None:

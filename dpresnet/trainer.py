@@ -26,6 +26,7 @@ from dpresnet.ops.batchnorm import EPS
 from dpresnet.ops.sgd import HYPER
 from dpresnet.plan import Entry, Exchange, Tensor, aligned
 from dpresnet.replicas import Handler, Inspector, NonFinite, Replicas
+from dpresnet.shared import Commons
 from dpresnet.trail import WHOLE_RANK, Trail
 
 RUNNING_MOMENTUM = 0.1  # of the running statistics
@@ -60,12 +61,13 @@ class Trainer:
     """``replicas`` replicas of a model over the ranks of ``comm``; each rank owns an equal, contiguous range.
 
     ``group`` neighbouring replicas (a divisor; 0: all of them) normalise with common statistics. ``reduce`` and ``wire`` as in
-    `dpresnet.buckets.allreduce`. Without ``overlap`` no bucket is on its way before backward is over.
+    `dpresnet.buckets.allreduce`. Without ``overlap`` no bucket is on its way before backward is over. ``commons`` are
+    what `dpresnet.replicas.share_gradients` gave.
     """
 
     def __init__(self, model: Model, comm: Comm, replicas: int, *, group: int = 0, scaler: LossScaler | None = None,
                  first_bucket_mb: float = 1.0, bucket_mb: float = 25.0, reduce: str = "tree", wire: str = "fp32",
-                 overlap: bool = True, check: bool = False):  # fmt: skip
+                 overlap: bool = True, check: bool = False, commons: Commons | None = None):  # fmt: skip
         self.model, self.comm, self.overlap, self.check = model, comm, overlap, check
         group = group or replicas
         self.scaler = scaler or (LossScaler() if model.precision == "fp16" else LossScaler.disabled())
@@ -76,8 +78,8 @@ class Trainer:
         ranges = plan_buckets(sizes, first_bucket_mb, bucket_mb)
         model.set_buckets(ranges)
         self.buckets = [model.gradient_slice(bucket) for bucket in ranges]
-        self._reduce = allreduce(comm, replicas, self.buckets, reduce, wire)
-        self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own))
+        self._reduce = allreduce(comm, replicas, self.buckets, reduce, wire, commons)
+        self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own), commons)
         self._held: list[tuple[int, cl.Event]] = []  # buckets that wait for the end of backward
         self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
         self._first_bad: NonFinite | None = None
@@ -278,8 +280,11 @@ class Trainer:
         self.replicas.device.queue.flush()
         with trace.span("wait for device"):
             while self._reducing and event.command_execution_status != cl.command_execution_status.COMPLETE:
+                if self._reduce.running:
+                    time.sleep(NAP_S)
+                else:  # nothing to do before the next bucket is ready, which is before the event
+                    self._ready[0][1].wait()
                 self._progress()
-                time.sleep(NAP_S)
             event.wait()
 
     @property

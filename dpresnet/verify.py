@@ -122,12 +122,12 @@ def build(run: Run, saved: Checkpoint | None) -> Any:
     from dpresnet.course import Course
     from dpresnet.data import load as load_data
     from dpresnet.device import Device, choose_device
-    from dpresnet.setup import build_trainer, check_dataset
+    from dpresnet.setup import build_model, build_trainer, check_dataset
 
     cfg = run.cfg
     dataset = load_data(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
     check_dataset(saved, dataset, cfg.dataset)
-    trainer = build_trainer(Device(choose_device(cfg.device)), cfg, dataset, Solo())
+    trainer = build_trainer(cfg, build_model(Device(choose_device(cfg.device)), cfg, dataset), Solo())
     course = Course(cfg, dataset, trainer)
     course.begin(saved)
     return course

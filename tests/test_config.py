@@ -21,11 +21,11 @@ OTHER = {
     "check_every": 7, "timeout": 12.5, "out": "some/where", "resume": "auto",
     "save_every_epochs": 0,
     "save_every_steps": 100, "keep": 1, "record_every": 5, "trace": "some/trace.json", "trace_steps": 3,
-    "device": "pocl", "threads": 2, "debug": True, "dry_run": True,
+    "device": "pocl", "threads": 2, "bind": False, "debug": True, "dry_run": True,
 }
 MAY_CHANGE = {
     "steps", "bucket_mb", "first_bucket_mb", "overlap", "check_every", "timeout", "out", "resume", "save_every_epochs",
-    "save_every_steps", "keep", "record_every", "trace", "trace_steps", "device", "threads", "debug", "dry_run",
+    "save_every_steps", "keep", "record_every", "trace", "trace_steps", "device", "threads", "bind", "debug", "dry_run",
 }
 COMPANY = {"image": ["--dataset", "synthetic"], "channels": ["--dataset", "synthetic"]}
 

@@ -18,7 +18,7 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 LAYERS = [
     ["trace"],
     ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
-    ["launcher"],
+    ["launcher", "shared"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags", "bench.channel"],
@@ -41,7 +41,7 @@ WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", 
                "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events", "explain"]
-WITHOUT_BOTH += ["datasets.*", "trace", "timeline"]
+WITHOUT_BOTH += ["datasets.*", "trace", "timeline", "shared"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "channel", "child", "step", "memory", "picture",
                                             "scaling", "theirs")]  # fmt: skip
 

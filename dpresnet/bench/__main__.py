@@ -157,6 +157,7 @@ def measure_in_job(args: argparse.Namespace, comm: Comm) -> tuple[Facts, str]:
         return results, reduce.report(results)
     work = workload(args)
     environment.prepare(work.threads, comm.local_rank, comm.local_size)
+    environment.bind(comm.gather((comm.host, environment.own_cores())), comm.rank, work.threads)
     from dpresnet.bench import exchanges  # loads OpenCL
 
     buckets = {name: getattr(args, name) for name in ("bucket_mb", "first_bucket_mb")}

@@ -22,6 +22,7 @@ from dpresnet.device import Device, choose_device
 from dpresnet.initial import initial_state
 from dpresnet.model import Model, Pixels
 from dpresnet.plan import Exchange, Launch
+from dpresnet.replicas import share_gradients
 from dpresnet.resnet import Options
 from dpresnet.trainer import Hyper, Trainer
 
@@ -48,9 +49,11 @@ class Ours:
         shape = (3, work.image, work.image)
         options = Options(work.classes, work.stem)
         scaler = LossScaler() if work.precision == "fp16" else LossScaler.disabled()
+        self.model = Model(self.device, work.arch, options, shape, work.batch, work.precision, pixels=pixels)
+        commons = share_gradients(self.model, self.comm, ranks)
         with in_turn(self.comm):
-            self.model = Model(self.device, work.arch, options, shape, work.batch, work.precision, pixels=pixels)
-            self.trainer = Trainer(self.model, self.comm, ranks, group=statistics_group(bn, ranks), scaler=scaler, **sums)
+            self.trainer = Trainer(self.model, self.comm, ranks, group=statistics_group(bn, ranks), scaler=scaler,
+                                   commons=commons, **sums)  # fmt: skip
         self.lr, self._hyper = sgd.lr, Hyper(sgd.momentum, sgd.weight_decay)
         random = np.random.default_rng(rank)
         self._batches = [

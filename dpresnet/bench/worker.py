@@ -39,7 +39,8 @@ def load(job: Facts, comm: Comm) -> Callable[[], Any]:
     """Imports what the side of a job needs; the result builds it."""
     work, (module, name) = Workload(**job["work"]), SIDES[job["side"]]
     if job["side"] in OURS:
-        environment.prepare(work.threads, 0, 1)
+        environment.prepare(work.threads, comm.local_rank, comm.local_size)
+        environment.bind(comm.gather((comm.host, environment.own_cores())), comm.rank, work.threads)
     side = getattr(importlib.import_module(f"dpresnet.bench.{module}"), name)
     return lambda: side(work, **together(job, comm), **job["arguments"])
 

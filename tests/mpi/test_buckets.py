@@ -41,8 +41,8 @@ def digest_of_one_process(wire, replicas):
     return json.loads(alone.stdout)["digest"]
 
 
-def summed(ranks, wire, replicas, **env):
-    job = mpirun(ranks, [WORKER, replicas, 7, "tree", wire], env=env)
+def summed(ranks, wire, replicas, reduce="tree", **env):
+    job = mpirun(ranks, [WORKER, replicas, 7, reduce, wire], env=env)
     assert job.returncode == 0, job.stderr
     return json.loads(job.stdout)
 
@@ -87,6 +87,28 @@ def test_unequal_nodes_sum_at_once(ranks, nodes):
     assert (found["digest"], found["levels"]) == (digest_of_one_process("fp32", 12), 1)
     if "MPICH" in found["mpi"]:
         assert found["bytes_across"] > 0
+
+
+@pytest.mark.parametrize("wire", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("replicas", "ranks", "nodes", "placed"),
+    [(2, 2, 1, {}), (4, 4, 1, {}), (5, 5, 1, {}), (6, 3, 1, {}), (12, 4, 1, {}),
+     (8, 4, 2, NEIGHBOURS), (12, 4, 2, NEIGHBOURS), (6, 6, 2, IN_TURN), (12, 4, 2, IN_TURN)],
+)  # fmt: skip
+def test_same_bits_in_common_memory(wire, replicas, ranks, nodes, placed):
+    """Between nodes the same bytes go as between ranks that exchange messages."""
+    env = {"MPIR_CVAR_NUM_CLIQUES": str(nodes), **placed} if nodes > 1 else {}
+    found = summed(ranks, wire, replicas, "common", **env)
+    assert found["common"] and found["digest"] == digest_of_one_process(wire, replicas)
+    if nodes > 1 and wire == "fp32":
+        assert found["bytes_across"] == summed(ranks, wire, replicas, **env)["bytes_across"]
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(4, 3), (2, 2)])
+def test_no_common_memory_where_nodes_do_not_sum_first(ranks, nodes):
+    found = summed(ranks, "fp32", 12, "common", MPIR_CVAR_NUM_CLIQUES=str(nodes))
+    assert found["common"] == ("MPICH" not in found["mpi"])
+    assert found["digest"] == digest_of_one_process("fp32", 12)
 
 
 ASLEEP = """

@@ -1,8 +1,8 @@
 """One rank of test_buckets.py: sums random gradients bucket by bucket and prints, as JSON, a digest of all bits and how they
 went.
 
-Arguments: replicas, seed, reduce, wire. All buckets are under way together, started in another order in each step and on each
-rank.
+Arguments: replicas, seed, reduce ("common": tree, in memory that the ranks of a node share), wire. All buckets are under way
+together, started in another order in each step and on each rank.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import numpy as np
 from dpresnet import events, tree
 from dpresnet.buckets import allreduce
 from dpresnet.comm import connect
+from dpresnet.shared import Commons, paged
 from dpresnet.wire import BLOCK, WIRES
 
 SIZES = {1: [1, 2, 3, 1000, 17, 20_011, 150_000, 5], 128: [128, 384, 25_600, 149_888, 128]}  # by the unit of the wire
@@ -38,10 +39,14 @@ def main(replicas, seed, reduce, wire):
     own = range(comm.rank * local, (comm.rank + 1) * local)
     bounds = np.cumsum([0, *sizes]).tolist()
     slices = [slice(a, b) for a, b in pairwise(bounds)]
-    sums = allreduce(comm, replicas, slices, reduce, wire)
+    commons = common_arenas(comm, local, 4 * bounds[-1]) if reduce == "common" else None
+    sums = allreduce(comm, replicas, slices, reduce, wire, commons)
     digest, sent, before = hashlib.sha256(), sent_by(comm), comm.traffic
     for step in range(STEPS):
         arenas = {v: np.concatenate([gradients(seed, step, v, n) for n in sizes]) for v in own}
+        for common, v in zip(commons.own if commons else (), own, strict=bool(commons)):  # others may still sum, were it wrong
+            common[: arenas[v].nbytes] = arenas[v].view(np.uint8)
+            arenas[v] = common[: arenas[v].nbytes].view(np.float32)
         out = arenas[own.start] if step % 2 else np.full(bounds[-1], np.nan, np.float32)
         for k in np.random.default_rng([step, comm.rank]).permutation(len(sizes)):
             sums.start(k, [arenas[v][slices[k]] for v in own], out[slices[k]])
@@ -50,14 +55,14 @@ def main(replicas, seed, reduce, wire):
         sums.wait()
         assert not sums.running
         want = np.concatenate([expected(replicas, seed, step, n, wire) for n in sizes])
-        if reduce == "tree":
+        if reduce != "mpi":
             assert out.tobytes() == want.tobytes(), f"rank {comm.rank} step {step}"
         else:  # in any order
             most = np.concatenate([largest(replicas, seed, step, n) for n in sizes])
             assert (np.abs(out - want) <= replicas * 2.0**-23 * most).all(), f"rank {comm.rank} step {step}"
         digest.update(out)
     noted = sorted((event.channel, event.number, event.what) for event in events.in_order(comm.events.events))
-    if reduce == "tree":
+    if reduce != "mpi":
         assert sum(count for _, count in sent) == (comm.traffic - before).sent_bytes
     digests, all_noted, all_sent = zip(*comm.gather((digest.hexdigest(), noted, sent)), strict=True)
     assert len(set(digests)) == 1
@@ -65,8 +70,14 @@ def main(replicas, seed, reduce, wire):
     if comm.rank == 0:
         across = sum(count for of in all_sent for another_node, count in of if another_node)
         texts = sorted({f"{channel}: {what}" for channel, _, what in noted if "bucket 3" in what})
-        print(json.dumps({"ranks": comm.size, "digest": digests[0], "levels": len(comm.groups), "mpi": comm.mpi_library,
-                          "bytes_across": across // STEPS, "bucket_3": texts}))  # fmt: skip
+        print(json.dumps({"ranks": comm.size, "digest": digests[0], "levels": len(comm.groups), "common": bool(commons),
+                          "mpi": comm.mpi_library, "bytes_across": across // STEPS, "bucket_3": texts}))  # fmt: skip
+
+
+def common_arenas(comm, local, nbytes):
+    """Arenas that the ranks of a node share, if they can."""
+    shared = comm.share(local * paged(nbytes))
+    return Commons(shared, local, paged(nbytes)) if shared else None
 
 
 def sent_by(comm):
@@ -82,7 +93,7 @@ def sent_by(comm):
         others = ((rank, count) for rank, count in zip(group.ranks, counts, strict=True) if rank != comm.rank)
         sent.extend((nodes[rank] != nodes[comm.rank], count) for rank, count in others)
 
-    def watch(group, start_alltoall, start_allgather):
+    def watch(group, start_alltoall, start_allgather, start_shared):
         def alltoall(send, send_counts, *rest):
             note(group, send_counts)
             return start_alltoall(send, send_counts, *rest)
@@ -91,10 +102,14 @@ def sent_by(comm):
             note(group, [send.nbytes] * group.size)
             return start_allgather(send, *rest)
 
-        group.start_alltoall, group.start_allgather = alltoall, allgather
+        def share(kind, shared, counter, nbytes, what):
+            note(group, [nbytes] * group.size)
+            return start_shared(kind, shared, counter, nbytes, what)
+
+        group.start_alltoall, group.start_allgather, group.start_shared = alltoall, allgather, share
 
     for group in comm.groups:
-        watch(group, group.start_alltoall, group.start_allgather)
+        watch(group, group.start_alltoall, group.start_allgather, group.start_shared)
     return sent
 
 
