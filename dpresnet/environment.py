@@ -61,7 +61,7 @@ def bind(everyone: Sequence[tuple[str, frozenset[int]]], rank: int, threads: int
     """
     host, cores = everyone[rank]
     peers = [r for r, (other, theirs) in enumerate(everyone) if other == host and theirs & cores]
-    share = len(cores) // len(peers)
+    share = len(cores) // max(1, len(peers))
     if len(peers) > 1 and share >= max(1, threads) and all(everyone[r][1] == cores for r in peers):
         place = peers.index(rank) * share
         os.sched_setaffinity(0, sorted(cores, key=place_of)[place : place + share])

@@ -127,3 +127,40 @@ def test_a_kernel_cache_that_cannot_be_written_is_refused_by_name(clean):
         clean.setenv("POCL_CACHE_DIR", folder)
         with pytest.raises(Refused, match=f"POCL_CACHE_DIR={folder} cannot be written"):
             environment.kernel_cache()
+
+
+@pytest.mark.parametrize(
+    ("everyone", "rank", "threads", "kept"),
+    [
+        ([("a", range(4)), ("a", range(4))], 0, 0, {0, 1}),
+        ([("a", range(4)), ("a", range(4))], 1, 2, {2, 3}),
+        ([("a", range(5)), ("a", range(5))], 1, 0, {2, 3}),  # a core is left over
+        ([("a", range(4)), ("b", range(4)), ("a", range(4))], 2, 0, {2, 3}),  # another host has its own
+        ([("a", range(4)), ("a", range(4))], 1, 3, None),  # more threads than cores in a share
+        ([("a", range(1)), ("a", range(1))], 1, 0, None),  # fewer cores than ranks
+        ([("a", range(4))], 0, 0, None),
+        ([("a", range(0, 2)), ("a", range(2, 4))], 1, 0, None),  # bound by the launcher
+        ([("a", range(0, 3)), ("a", range(2, 4))], 1, 0, None),
+        ([("a", ()), ("a", ())], 0, 0, None),  # a system that does not tell
+    ],
+)
+def test_ranks_of_a_host_keep_to_their_share_of_the_cores(monkeypatch, everyone, rank, threads, kept):
+    found = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: found.append(set(cores)))
+    monkeypatch.setattr(environment, "place_of", lambda core: core)
+    environment.bind([(host, frozenset(cores)) for host, cores in everyone], rank, threads)
+    assert found == ([kept] if kept else [])
+
+
+def test_a_share_consists_of_neighbours(monkeypatch):
+    """Two processors of two physical cores with two threads each, as Linux numbers them."""
+    found = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: found.append(set(cores)))
+    monkeypatch.setattr(environment, "place_of", lambda core: (core % 4 // 2, core % 2, core))
+    for rank in range(4):
+        environment.bind([("a", frozenset(range(8)))] * 4, rank)
+    assert found == [{0, 4}, {1, 5}, {2, 6}, {3, 7}]
+
+
+def test_the_place_of_a_core_is_known_here():
+    assert all(environment.place_of(core)[2] == core for core in environment.own_cores())

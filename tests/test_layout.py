@@ -22,6 +22,7 @@ LAYERS = [
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags", "bench.channel"],
+    ["bench.projection"],
     ["convolution"],
     ["ops.*", "datasets.*", "state"],
     ["nn"],
@@ -32,7 +33,7 @@ LAYERS = [
     ["network", "setup", "machine", "course", "tracing"],
     ["session"],
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
-    ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.exchanges", "bench.worker"],
+    ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.exchanges", "bench.project", "bench.worker"],
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
 ]
@@ -43,7 +44,7 @@ WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events", "explain"]
 WITHOUT_BOTH += ["datasets.*", "trace", "timeline", "shared"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "channel", "child", "step", "memory", "picture",
-                                            "scaling", "theirs")]  # fmt: skip
+                                            "projection", "scaling", "theirs")]  # fmt: skip
 
 NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "tile", "transform"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60

@@ -142,7 +142,8 @@ class Late:
 @pytest.mark.parametrize(
     ("ranks", "ready", "running", "expected"),
     [
-        (2, True, False, {"start 7", "progress"}),
+        (2, True, True, {"start 7", "progress"}),
+        (2, True, False, {"wait for bucket", "start 7", "progress"}),  # there is nothing to poll for
         (2, False, True, {"progress"}),
         (2, False, False, set()),
         (1, True, True, set()),  # nobody waits for the sums of one rank
@@ -154,7 +155,9 @@ def test_buckets_go_on_while_several_ranks_wait_for_an_exchange(device, monkeypa
     monkeypatch.setattr(trainer, "comm", SimpleNamespace(size=ranks))
     monkeypatch.setattr(trainer, "_reduce", SimpleNamespace(running=running, progress=lambda: log.append("progress")))
     monkeypatch.setattr(trainer, "_start_bucket", lambda bucket: log.append(f"start {bucket}"))
-    trainer._ready = [(7, Late("bucket", 1, log))] if ready else []
+    bucket = Late("bucket", 1, log)
+    bucket.wait = lambda: (log.append("wait for bucket"), setattr(bucket, "looks", 0))
+    trainer._ready = [(7, bucket)] if ready else []
     trainer._wait_for(Late("statistics", 4, log))
     assert log.pop() == "wait for statistics"
     assert set(log) == expected

@@ -11,7 +11,8 @@ from pathlib import Path
 from dpresnet import environment
 from dpresnet.bench import facts, layers, memory, ops, picture, reduce, scaling, step
 from dpresnet.bench.child import mpirun
-from dpresnet.bench.flags import add_exchanges, add_ranks, add_workload, positive, workload
+from dpresnet.bench.flags import add_exchanges, add_link, add_ranks, add_workload, positive, workload
+from dpresnet.bench.projection import RATES, TIMES, counts, quantity
 from dpresnet.bench.workload import Facts, Workload
 from dpresnet.comm import Comm, connect, launched
 from dpresnet.errors import Refused, exit_code
@@ -65,10 +66,18 @@ def add_jobs(commands: argparse._SubParsersAction) -> None:
     exchanging = commands.add_parser("exchanges", help=text, description=text)
     add_workload(exchanging, 32, threads=1)
     add_exchanges(exchanging)
-    exchanging.add_argument("--turn", type=float, default=1.0, metavar="SECONDS", help="of steps in a row (1)")
-    for command in (reducing, exchanging):
+    text = "the step on other numbers of nodes, by a model; started by mpirun: the model checked against the job's own step"
+    projecting = commands.add_parser("project", help=text, description=text)
+    add_workload(projecting, 32, threads=1)
+    add_exchanges(projecting)
+    add_link(projecting)
+    for command in (exchanging, projecting):
+        command.add_argument("--turn", type=float, default=1.0, metavar="SECONDS", help="of steps in a row (1)")
+    for command in (reducing, exchanging, projecting):
         command.add_argument("--rounds", type=positive, default=9, help="in which everything compared takes turns (9)")
         command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    projecting.add_argument("--png", type=Path, metavar="FILE", help="draw it")
+    for command in (reducing, exchanging):
         command.set_defaults(png=None)
 
 
@@ -122,7 +131,7 @@ def run(argv: Sequence[str] | None) -> None:
     """Checks, measures, prints, writes."""
     args = parser().parse_args(argv)
     check(args)
-    if args.command in ("reduce", "exchanges"):
+    if args.command in ("reduce", "exchanges", "project"):
         run_in_job(args)
         return
     work = workload(args)
@@ -146,8 +155,11 @@ def run_in_job(args: argparse.Namespace) -> None:
         if comm.rank == 0:
             found = facts.gather(args)
             print(facts.heading(found), text, sep="\n")
+            found |= {"results": results}
             if args.json:
-                facts.write_json(args.json, found | {"results": results})
+                facts.write_json(args.json, found)
+            if args.png and "rows" in results:
+                picture.draw(args.command, found, workload(args), args.png)
 
 
 def measure_in_job(args: argparse.Namespace, comm: Comm) -> tuple[Facts, str]:
@@ -158,9 +170,14 @@ def measure_in_job(args: argparse.Namespace, comm: Comm) -> tuple[Facts, str]:
     work = workload(args)
     environment.prepare(work.threads, comm.local_rank, comm.local_size)
     environment.bind(comm.gather((comm.host, environment.own_cores())), comm.rank, work.threads)
-    from dpresnet.bench import exchanges  # loads OpenCL
+    from dpresnet.bench import exchanges, project  # they load OpenCL
 
     buckets = {name: getattr(args, name) for name in ("bucket_mb", "first_bucket_mb")}
+    if args.command == "project":
+        link = quantity(args.latency, TIMES, "--latency"), quantity(args.link, RATES, "--link")
+        layout = project.layout_of(comm, args.ranks_per_node, args.bn, args.wire)
+        results = project.measure(comm, work, layout, link, counts(args.nodes), args.rounds, args.turn, args.wire, **buckets)
+        return results, project.report(results, work)
     results = exchanges.measure(comm, work, args.bn, args.rounds, args.turn, **buckets)
     return results, exchanges.report(results, work)
 

@@ -29,8 +29,22 @@ def add_workload(command: argparse.ArgumentParser, batch: int, threads: int = 0)
 def add_ranks(command: argparse.ArgumentParser) -> None:
     """The flags of a job: how many ranks, and how they work together, as in `dpresnet.train`."""
     command.add_argument("--ranks", type=several, default=2, help="of the job, and processes of what it is compared with (2)")
-    command.add_argument("--wire", default=Config.wire, choices=list(WIRES), help=f"how gradients travel ({Config.wire})")
+    add_wire(command)
     add_exchanges(command)
+
+
+def add_wire(command: argparse.ArgumentParser) -> None:
+    """The format of gradients on their way."""
+    command.add_argument("--wire", default=Config.wire, choices=list(WIRES), help=f"how gradients travel ({Config.wire})")
+
+
+def add_link(command: argparse.ArgumentParser) -> None:
+    """The flags of machines that are not here."""
+    command.add_argument("--nodes", default="1..1024", help="from..to in powers of two, or numbers joined by commas (1..1024)")
+    command.add_argument("--ranks-per-node", type=positive, default=1, metavar="N", help="(1)")
+    command.add_argument("--link", default="100Gbit", metavar="RATE", help="between nodes, in each direction (100Gbit)")
+    command.add_argument("--latency", default="2us", metavar="TIME", help="of a message between nodes (2us)")
+    add_wire(command)
 
 
 def add_exchanges(command: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ def draw(command: str, found: Facts, work: Workload, path: Path) -> None:
 
     matplotlib.use("agg")
     matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
-    drawn = {"step": step, "layers": layers, "ops": ops, "memory": memory, "scaling": scaling}
+    drawn = {"step": step, "layers": layers, "ops": ops, "memory": memory, "project": project, "scaling": scaling}
     figure = drawn[command](found["results"], work)
     box, commit = found["machine"], found["commit"] or f"dpresnet {found['versions']['dpresnet']}"
     figure.text(0.995, 0.008, f"{found['date'][:10]}, {commit}, {box['cpu']}", ha="right", fontsize=7, color=GREY)
@@ -258,4 +258,32 @@ def scaling(results: Facts, work: Workload) -> Any:
         bars.bar(name, median, yerr=[[median - found["least"]], [found["most"] - median]], color=colour, width=0.6, capsize=3)
         bars.text(place, found["most"] + 0.02, f"{median:.2f}", ha="center", va="bottom")
     bars.set(ylabel="efficiency", ylim=(0, 1.2 * most), title="speed of a process, by that of one alone (PyTorch: its own)")
+    return figure
+
+
+# ---- project
+
+
+def project(results: Facts, work: Workload) -> Any:
+    """The step on more and more nodes, by what it consists of, and the efficiency."""
+    rows, layout = results["rows"], results["layout"]
+    machine = results["machine"]
+    title = (f"projected training step: {work}, per rank\n{layout['ranks_per_node']} per node, "
+             f"{machine['beta'] * 8e-9:.3g} Gbit/s, {1e6 * machine['alpha_s']:.3g} us")  # fmt: skip
+    figure, axes = figure_of(9, 4, title, ncols=2, squeeze=False)
+    chart, efficiency = axes[0]
+    places = range(len(rows))
+    bottoms = [0.0] * len(rows)
+    exchanges, exposed = ([1e3 * row[key] for row in rows] for key in ("held_s", "exposed_s"))
+    kernels = [1e3 * row["step_s"] - a - b for row, a, b in zip(rows, exchanges, exposed, strict=True)]
+    parts = {"kernels and host": kernels, "exchanges of statistics": exchanges, "gradients not hidden": exposed}
+    for (label, heights), colour in zip(parts.items(), (OURS, SERIES[3], SERIES[4]), strict=True):
+        chart.bar(places, heights, bottom=bottoms, color=colour, label=label)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    chart.set(xlabel="nodes", ylabel="ms per step", ylim=(0, 1.25 * max(bottoms)))
+    chart.legend(loc="upper left", frameon=False)
+    efficiency.plot(places, [row["efficiency"] for row in rows], "o-", color=OURS)
+    efficiency.set(xlabel="nodes", ylabel="efficiency", ylim=(0, 1.05))
+    for axis in (chart, efficiency):
+        axis.set_xticks(places, [str(row["nodes"]) for row in rows])
     return figure

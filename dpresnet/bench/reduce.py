@@ -11,9 +11,11 @@ from dpresnet.bench.workload import Facts
 from dpresnet.buckets import Allreduce, allreduce
 from dpresnet.comm import Comm
 from dpresnet.errors import Refused
+from dpresnet.shared import Commons, paged
 from dpresnet.wire import BLOCK
 
 KINDS = [("mpi", "fp32"), ("tree", "fp32"), ("tree", "fp16"), ("tree", "bf16")]  # the first is what others are compared with
+COMMON = ("tree in common memory", "fp32")  # as in training on a CPU, between ranks of one node
 MB = 1e6
 
 
@@ -23,12 +25,18 @@ def measure(comm: Comm, mb: float, bucket_mb: float, rounds: int) -> Facts:
         raise Refused("one process has nobody to exchange gradients with: mpirun -n 2 python -m dpresnet.bench reduce")
     buckets = cut(int(mb * MB / 4), int(bucket_mb * MB / 4))
     gradients = np.random.default_rng(comm.rank).standard_normal(buckets[-1].stop).astype(np.float32)
-    sums = {kind: allreduce(comm, comm.size, buckets, *kind) for kind in KINDS}
-    samples: dict[tuple[str, str], list[float]] = {kind: [] for kind in KINDS}
+    sums, arenas = {kind: allreduce(comm, comm.size, buckets, *kind) for kind in KINDS}, {}
+    if shared := comm.share(paged(gradients.nbytes)):
+        commons = Commons(shared, 1, paged(gradients.nbytes))
+        sums[COMMON] = allreduce(comm, comm.size, buckets, commons=commons)
+        arenas[COMMON] = commons.own[0][: gradients.nbytes].view(np.float32)
+    samples: dict[tuple[str, str], list[float]] = {kind: [] for kind in sums}
     sent = {}
     for number in range(1 + rounds):  # the first one is to warm up
-        for kind in KINDS:
-            seconds, sent[kind] = once(comm, sums[kind], gradients.copy(), buckets)
+        for kind in sums:
+            arena = arenas.setdefault(kind, np.empty_like(gradients))
+            arena[:] = gradients
+            seconds, sent[kind] = once(comm, sums[kind], arena, buckets)
             if number:
                 samples[kind].append(seconds)
     base = samples[KINDS[0]]

