@@ -37,6 +37,7 @@ POLLS = 4
 
 Node = tuple[int, int]
 _DONE = object()
+_PARTS, _SUMS, _LEFT = range(3)  # points that ranks with common memory come to, with all buckets in the order of the plan
 
 
 def plan_buckets(sizes: Sequence[int], first_mb: float, cap_mb: float) -> list[range]:
@@ -245,15 +246,15 @@ class _Stage:
 class _SharedStage:
     """The same for ranks that see each other's ``leaves`` of the bucket: float32 [n] of each replica of the node.
 
-    No lock is needed, because between the two points that all come to, ``counter`` and the next one, only the rank that sums a
-    segment touches it, in any leaf; and afterwards nobody writes until all have left.
+    No lock is needed, because from the point where all have the parts to that where all have the sums only the rank that sums
+    a segment touches it, in any leaf; and afterwards nobody writes until all have left.
     """
 
     def __init__(self, group: Group, held: list[list[Node]], sums: list[Node], leaves: dict[int, np.ndarray], wire: Wire,
-                 shared: Shared, counter: int) -> None:  # fmt: skip
+                 shared: Shared) -> None:  # fmt: skip
         n = min(leaves.values(), key=len).size
         bounds = np.cumsum([0, *segments(n, group.size, wire.unit)]).tolist()
-        self._group, self._sums, self._wire, self._shared, self._counter = group, sums, wire, shared, counter
+        self._group, self._sums, self._wire, self._shared = group, sums, wire, shared
         own = slice(*bounds[group.rank : group.rank + 2])
         self.own_length = own.stop - own.start
         self._parts = {node: leaves[node[0]][own] for rank in group.ranks for node in held[rank]}
@@ -263,7 +264,7 @@ class _SharedStage:
 
     def scatter(self, sums: list[np.ndarray], what: str) -> list[Request]:
         """Says that this rank's ``sums`` are in its leaves."""
-        return [self._group.start_shared("alltoall", self._shared, self._counter, self._message_bytes, what)]
+        return [self._group.start_shared("alltoall", self._shared, _PARTS, self._message_bytes, what)]
 
     def fold(self) -> list[np.ndarray]:
         """The sums in this rank's segment, when all ranks have theirs in their leaves."""
@@ -276,13 +277,13 @@ class _SharedStage:
     def gather(self, message: np.ndarray, out: np.ndarray, what: str) -> Iterator[None]:
         """Leaves in ``out`` [n] what the ranks' messages say."""
         _move(self._wire.decode(message, self._result), self._result)
-        yield from _ended([self._group.start_shared("allgather", self._shared, self._counter + 1, self._message_bytes, what)])
+        yield from _ended([self._group.start_shared("allgather", self._shared, _SUMS, self._message_bytes, what)])
         for values, place in self._results:
             _move(values, out[place])
 
     def leave(self) -> Request:
         """Says that this rank needs the others' leaves no more."""
-        return self._group.start_shared("allgather", self._shared, self._counter + 2, 0, "all to have the sums")
+        return self._group.start_shared("allgather", self._shared, _LEFT, 0, "all to have the sums")
 
     @property
     def _message_bytes(self) -> int:
@@ -340,15 +341,12 @@ class TreeAllreduce(Allreduce):
         """A stage for each bucket between ranks that have their gradient arenas in common."""
         replicas = [rank * self._local + j for rank in group.ranks for j in range(self._local)]
         whole = dict(zip(replicas, [arena.view(np.float32) for of in commons.arenas for arena in of], strict=True))
-        stages = []
-        for k, bucket in enumerate(buckets):
-            leaves = {replica: arena[bucket] for replica, arena in whole.items()}
-            stages.append(_SharedStage(group, held, sums, leaves, self._wire, commons.shared, 2 * k))
-        return stages
+        leaves = [{replica: arena[bucket] for replica, arena in whole.items()} for bucket in buckets]
+        return [_SharedStage(group, held, sums, of, self._wire, commons.shared) for of in leaves]
 
     def _leave(self) -> None:
         if self._commons:
-            self._stages[-1][0].leave().wait()
+            self._stages[0][0].leave().wait()
 
     def _turn(self, k: int, operation: str) -> Iterator[None]:
         """Ends when all buckets before ``k`` have begun an operation: buckets share its communicator, so on every rank they

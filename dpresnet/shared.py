@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-COUNTERS = 4096  # of a rank: two for each bucket, of which there are at most as many as parameters
 PAGE = mmap.PAGESIZE
+COUNTERS = PAGE // 8  # of a rank
 
 
 def offer(nbytes: int) -> int:
