@@ -31,7 +31,8 @@ def test_a_job_checks_the_model_with_its_own_step(tmp_path):
     assert (found["ranks"], found["layout"]["nodes"], found["layout"]["ranks_per_node"]) == (2, 1, 2)
     assert len(found["measured_s"]) == 2 and min(found["measured_s"]) > 0
     for row, measured, ratio in zip(found["predicted"], found["measured_s"], found["ratios"], strict=True):
-        assert ratio == pytest.approx(row["step_s"] / measured)
+        assert ratio == pytest.approx(row["step_s"] / measured) and 0.05 < ratio < 20
+        assert row["under_way_s"] > 0 and row["held_s"] > 0
     assert "predicted" in done.stdout and "measured" in done.stdout
 
 
