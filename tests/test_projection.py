@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dpresnet.bench import projection
@@ -12,8 +13,14 @@ FREE = Machine(alpha_s=0.0, beta=1e30, add=1e30, copy=1e30, host_s=0.0, merge_s=
 LOCAL = Layout(2, sync_bn=False)
 
 
-def launch(seconds):
+def launch(*seconds):
+    """In each of some steps."""
     return {"kind": "launch", "seconds": seconds}
+
+
+def plan(entries, tail_s):
+    samples = np.array([entry["seconds"] for entry in entries if entry["kind"] == "launch"]).T
+    return Profile([{key: value for key, value in entry.items() if key != "seconds"} for entry in entries], tail_s, samples)
 
 
 def ready(nbytes):
@@ -25,7 +32,7 @@ def exchange(after, nbytes=80):
 
 
 def test_one_rank_takes_what_was_measured():
-    profile = Profile([launch(0.1), exchange(0), launch(0.2), ready(1e9)], 0.05)
+    profile = plan([launch(0.1), exchange(0), launch(0.2), ready(1e9)], 0.05)
     assert project(profile, Layout(1), replace(FREE, host_s=9.0, beta=1.0)) == pytest.approx(
         {"step_s": 0.35, "held_s": 0.0, "under_way_s": 0.0, "exposed_s": 0.0})  # fmt: skip
 
@@ -33,7 +40,7 @@ def test_one_rank_takes_what_was_measured():
 @pytest.mark.parametrize(("beta", "exposed"), [(1e10, 0.0), (5e9, 0.0), (2.5e9, 0.2), (1e9, 0.8)])
 def test_a_bucket_hides_behind_what_follows(beta, exposed):
     """1 GB between two nodes travels for 1 GB / beta, from the end of the first launch on."""
-    profile = Profile([launch(0.1), ready(1e9), launch(0.2)], 0.05)
+    profile = plan([launch(0.1), ready(1e9), launch(0.2)], 0.05)
     found = project(profile, LOCAL, replace(FREE, beta=beta))
     assert found["under_way_s"] == pytest.approx(1e9 / beta)
     assert found["exposed_s"] == pytest.approx(exposed)
@@ -41,14 +48,14 @@ def test_a_bucket_hides_behind_what_follows(beta, exposed):
 
 
 def test_buckets_follow_each_other():
-    profile = Profile([launch(0.1), ready(1e9), launch(0.1), ready(1e9)], 0.0)
+    profile = plan([launch(0.1), ready(1e9), launch(0.1), ready(1e9)], 0.0)
     found = project(profile, LOCAL, replace(FREE, beta=4e9))
     assert found["under_way_s"] == pytest.approx(0.5)
     assert found["step_s"] == pytest.approx(0.1 + 0.25 + 0.25)
 
 
 def test_on_a_cpu_the_host_takes_its_time_from_the_kernels():
-    profile = Profile([launch(0.1), ready(1e9), launch(0.5)], 0.0)
+    profile = plan([launch(0.1), ready(1e9), launch(0.5)], 0.0)
     machine = replace(FREE, add=1e10)
     assert project(profile, LOCAL, machine)["step_s"] == pytest.approx(0.6)
     assert project(profile, LOCAL, replace(machine, steals=True))["step_s"] == pytest.approx(0.6 + 0.05)
@@ -56,12 +63,12 @@ def test_on_a_cpu_the_host_takes_its_time_from_the_kernels():
 
 def test_an_exchange_holds_the_next_launch_up_but_not_those_before_it():
     machine = replace(FREE, host_s=0.3)
-    waits = project(Profile([launch(0.1), exchange(0), launch(0.1)], 0.0), Layout(2), machine)
+    waits = project(plan([launch(0.1), exchange(0), launch(0.1)], 0.0), Layout(2), machine)
     assert waits["step_s"] == pytest.approx(0.1 + 0.3 + 0.1 + 0.3)  # and the losses at the end
     assert waits["held_s"] == pytest.approx(0.6)
-    hidden = project(Profile([launch(0.1), launch(0.2), exchange(0), launch(0.1)], 0.0), Layout(2), machine)
+    hidden = project(plan([launch(0.1), launch(0.2), exchange(0), launch(0.1)], 0.0), Layout(2), machine)
     assert hidden["step_s"] == pytest.approx(0.1 + 0.2 + 0.1 + 0.1 + 0.3)
-    local = project(Profile([launch(0.1), exchange(0), launch(0.1)], 0.0), LOCAL, machine)
+    local = project(plan([launch(0.1), exchange(0), launch(0.1)], 0.0), LOCAL, machine)
     assert local["step_s"] == pytest.approx(0.2 + 0.3)
 
 
@@ -84,7 +91,7 @@ def test_exchanges_take_a_message_for_every_doubling_and_merge_all_rows():
 
 
 def test_more_nodes_are_never_more_efficient():
-    profile = Profile([launch(0.1), exchange(0), launch(0.1), ready(1e7), launch(0.1), ready(1e7)], 0.01)
+    profile = plan([launch(0.1), exchange(0), launch(0.1), ready(1e7), launch(0.1), ready(1e7)], 0.01)
     machine = Machine(alpha_s=2e-6, beta=1e9, add=1e10, copy=1e10, host_s=1e-4, merge_s=1e-5)
     found = rows(profile, counts("1..1024"), Layout(1), machine)
     assert [row["nodes"] for row in found] == [2**i for i in range(11)]
@@ -115,3 +122,22 @@ def test_counts(text, found):
 def test_counts_that_are_none(text):
     with pytest.raises(Refused, match="--nodes"):
         counts(text)
+
+
+def test_the_expected_largest_of_some_draws():
+    assert projection.largest_of(1, np.array([3.0, 1.0])) == 2.0
+    assert projection.largest_of(2, np.array([3.0, 1.0])) == pytest.approx(2.5)  # 1 with probability 1/4
+    assert projection.largest_of(3, np.array([2.0, 2.0, 2.0])) == pytest.approx(2)
+    assert projection.largest_of(10_000, np.array([1.0, 2.0, 7.0])) == pytest.approx(7)
+    draws = np.random.default_rng(0).choice([1.0, 2.0, 4.0, 9.0], (100_000, 5)).max(axis=1).mean()
+    assert projection.largest_of(5, np.array([9.0, 2.0, 4.0, 1.0])) == pytest.approx(draws, rel=0.01)
+
+
+def test_ranks_that_meet_often_wait_more():
+    """Two launches that take 1 or 3, never both 3: who meets in between waits at each, who meets at the end not at all."""
+    profile = plan([launch(1, 3), exchange(0), launch(3, 1)], 0.0)
+    assert profile.seconds == 4
+    assert project(profile, Layout(2, sync_bn=False), FREE)["step_s"] == pytest.approx(4)
+    assert project(profile, Layout(2), FREE)["step_s"] == pytest.approx(2.5 + 2.5)
+    together = plan([launch(1, 3), exchange(0), launch(1, 3)], 0.0)
+    assert project(together, Layout(2, sync_bn=False), FREE)["step_s"] == pytest.approx(5)

@@ -151,9 +151,9 @@ def run_in_job(args: argparse.Namespace) -> None:
     """On each rank; rank 0 prints and writes."""
     with Guard() as job:
         job.comm = comm = connect()
+        found = facts.gather(args)  # before this rank is bound to some cores
         results, text = measure_in_job(args, comm)
         if comm.rank == 0:
-            found = facts.gather(args)
             print(facts.heading(found), text, sep="\n")
             found |= {"results": results}
             if args.json:

@@ -12,13 +12,14 @@ from dpresnet.bench.facts import spread
 from dpresnet.bench.ours import Ours, span
 from dpresnet.bench.projection import MB, Layout, Machine, Profile, project, rows, text
 from dpresnet.bench.workload import Facts, Workload
-from dpresnet.comm import Comm, Solo
+from dpresnet.comm import BULK_SPIN_S, Comm, Solo
 from dpresnet.exchange import merge_moments
 from dpresnet.plan import Exchange, Launch, Ready
 from dpresnet.wire import BLOCK, WIRES
 
 REPEATS = 7
-PIECE = 4 * 2**20  # bytes of what is added and copied
+PROFILED_STEPS = 10
+PIECE = 32 * 2**20  # bytes of what is added and copied, more than caches hold
 SMALL, LARGE = 8, 16 * 2**20  # bytes of the messages that tell latency and rate
 MESSAGES = 50
 
@@ -28,11 +29,11 @@ def measure(comm: Comm, work: Workload, layout: Layout, link: tuple[float, float
     """One process: the projection for ``nodes``, over a link of (alpha in s, beta in bytes/s). A job of several ranks: the
     projection for itself, over the link as measured, and its own step, in turns with steps in which no rank needs another.
     """
-    alone = Ours(work, Solo(), wire=wire, **buckets)
+    alone = Ours(work, Solo(), **buckets)
     steps = max(1, round(turn_s / comm.bcast(alone.warm()["step_s"])))
     if comm.size == 1:
         machine = machine_of(alone, wire, link, 0.0)
-        profile = profile_of(alone, statistics.median(alone.run(rounds * steps)["seconds"]))
+        profile = profile_of(comm, alone, statistics.median(alone.run(rounds * steps)["seconds"]))
         found = {"rows": rows(profile, nodes, layout, machine)}
     else:
         machine = machine_of(alone, wire, *link_of(comm))
@@ -47,12 +48,12 @@ def checked(comm: Comm, work: Workload, alone: Ours, layout: Layout, machine: Ma
     job = Ours(work, comm, "sync" if layout.sync_bn else "local", wire=wire, **buckets)
     job.warm()
     ratios, measured, predicted = [], [], []
-    profile = profile_of(alone, 1.0)
     for _ in range(rounds):
         comm.barrier()
         apart = slowest(comm, statistics.mean(alone.run(steps)["seconds"]))
         mine = slowest(comm, statistics.mean(job.run(steps)["seconds"]))
-        profile = profile_of(alone, apart)
+        comm.barrier()
+        profile = profile_of(comm, alone, apart)
         predicted.append(project(profile, layout, machine))
         measured.append(mine)
         ratios.append(predicted[-1]["step_s"] / mine)
@@ -64,19 +65,15 @@ def slowest(comm: Comm, seconds: float) -> float:
     return float(comm.allgather(np.array(seconds)).max())
 
 
-def profile_of(side: Ours, step_s: float) -> Profile:
-    """The plan with the share of each launch in a step of ``step_s``, as a profiled step shows it."""
-    with side.profiling() as events:
-        began = time.perf_counter()
-        side.step()
-        side.device.finish()
-        whole = time.perf_counter() - began
-    lasted = iter([end - begin for begin, end in (span(event) for _, event in events)])
+def profile_of(comm: Comm, side: Ours, step_s: float) -> Profile:
+    """The plan of a step of ``step_s``, and how it is shared among the launches in some profiled steps of all ranks."""
+    samples = np.concatenate(comm.gather(np.array([profiled_step(side) for _ in range(PROFILED_STEPS)])))
+    samples *= step_s / samples[:, -1].mean()  # recording takes time
     buckets, launches, written, entries = side.trainer.buckets, 0, {}, []
     for entry in side.model.train.plan:
         match entry:
             case Launch():
-                entries.append({"kind": "launch", "seconds": next(lasted) * step_s / whole})
+                entries.append({"kind": "launch"})
                 written |= dict.fromkeys(entry.statistics, launches)
                 launches += 1
             case Exchange():
@@ -84,8 +81,17 @@ def profile_of(side: Ours, step_s: float) -> Profile:
                 entries.append({"kind": "exchange", "after": written[entry.source], "bytes": nbytes})
             case Ready():
                 entries.append({"kind": "ready", "bytes": 4 * (buckets[entry.bucket].stop - buckets[entry.bucket].start)})
-    planned = sum(entry["seconds"] for entry in entries if entry["kind"] == "launch")
-    return Profile(entries, step_s - planned)
+    return Profile(entries, step_s - float(samples[:, :launches].mean(axis=0).sum()), samples[:, :launches])
+
+
+def profiled_step(side: Ours) -> list[float]:
+    """Seconds of every launch, and of the whole step."""
+    with side.profiling() as events:
+        began = time.perf_counter()
+        side.step()
+        side.device.finish()
+        whole = time.perf_counter() - began
+    return [*(end - begin for begin, end in (span(event) for _, event in events)), whole]
 
 
 def machine_of(side: Ours, wire: str, link: tuple[float, float], link_cpu_s: float) -> Machine:
@@ -129,11 +135,12 @@ def link_of(comm: Comm) -> tuple[tuple[float, float], float]:
     byte sent.
     """
     group = comm.groups[-1]
-    small, large = (np.zeros(group.size * nbytes, np.uint8) for nbytes in (SMALL, LARGE))
+    small, large, received = (np.ones(group.size * nbytes, np.uint8) for nbytes in (SMALL, LARGE, LARGE))
 
     def all_to_all(data: np.ndarray) -> None:
         part = data.size // group.size
-        group.start_alltoall(data, [part] * group.size, np.empty_like(data), [part] * group.size, "a measurement").wait()
+        request = group.start_alltoall(data, [part] * group.size, received[: data.size], [part] * group.size, "a measurement")
+        comm.wait_until(request.test, BULK_SPIN_S)  # as for gradients
 
     def seconds(data: np.ndarray, times: int) -> tuple[float, float]:
         comm.barrier()

@@ -11,15 +11,18 @@ and an exchange of m bytes per rank that all ranks take part in
     host + ceil(log2 P) * alpha + (P-1) * (m / beta + merge)     all-gather by recursive doubling, then every rank merges
 
 (costs of collectives as in Thakur, Rabenseifner and Gropp 2005, section 4). Buckets are summed one after the other, while the
-device goes on; on a CPU the host takes the time for that from the kernels.
+device goes on; on a CPU the host takes the time for that from the kernels. From one point where ranks meet to the next the
+step takes as long as on the slowest of them: the expected largest of P draws from what was measured in several steps.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from dpresnet.bench.facts import table
 from dpresnet.errors import Refused
@@ -64,19 +67,46 @@ class Layout:
 
 @dataclass(frozen=True)
 class Profile:
-    """One step of one rank: its plan with the seconds of each launch, and what follows after the plan (``tail_s``).
+    """One step of one rank: its plan, the seconds of each launch in several steps, ``samples`` [steps, launches], and what
+    follows after the plan (``tail_s``).
 
-    Entries are {"kind": "launch", "seconds"}, {"kind": "exchange", "after": number of the launch whose result is exchanged,
-    "bytes"} and {"kind": "ready", "bytes"}.
+    Entries are {"kind": "launch"}, {"kind": "exchange", "after": number of the launch whose result is exchanged, "bytes"} and
+    {"kind": "ready", "bytes"}.
     """
 
     entries: list[dict[str, Any]]
     tail_s: float
+    samples: np.ndarray = field(repr=False)
 
     @property
     def seconds(self) -> float:
         """The step of a rank that is alone."""
-        return self.tail_s + sum(entry["seconds"] for entry in self.entries if entry["kind"] == "launch")
+        return self.tail_s + float(self.samples.mean(axis=0).sum())
+
+    def lasting(self, layout: Layout) -> list[float]:
+        """Seconds of each launch where every rank waits for the slowest at each exchange, or only at the end of the step."""
+        seconds, begin = self.samples.mean(axis=0), 0
+        for end in self._meetings(layout):
+            whole = self.samples[:, begin:end].sum(axis=1)
+            if whole.size and whole.mean() > 0:
+                seconds[begin:end] *= largest_of(layout.ranks, whole) / whole.mean()
+            begin = end
+        return seconds.tolist()
+
+    def _meetings(self, layout: Layout) -> list[int]:
+        """How many launches come before each point where ranks meet."""
+        found, launches = [], 0
+        for entry in self.entries:
+            launches += entry["kind"] == "launch"
+            if entry["kind"] == "exchange" and layout.sync_bn:
+                found.append(launches)
+        return [*found, launches]
+
+
+def largest_of(draws: int, samples: np.ndarray) -> float:
+    """The expected largest of so many draws from the samples."""
+    ordered, below = np.sort(samples), np.arange(samples.size + 1) / samples.size
+    return float(ordered @ np.diff(below**draws))
 
 
 def sum_s(nbytes: float, layout: Layout, machine: Machine) -> tuple[float, float]:
@@ -106,11 +136,12 @@ def project(profile: Profile, layout: Layout, machine: Machine) -> dict[str, flo
     """
     device = host = link = 0.0  # until when each is busy
     ends: list[float] = []  # of the launches
+    lasting = profile.lasting(layout)
     held = under_way = 0.0
     for entry in profile.entries:
         if entry["kind"] == "launch":
             held += max(0.0, host - device)
-            device = max(device, host) + entry["seconds"]
+            device = max(device, host) + lasting[len(ends)]
             ends.append(device)
         elif entry["kind"] == "exchange" and layout.sync_bn and layout.ranks > 1:
             host = max(host, ends[entry["after"]]) + exchange_s(entry["bytes"], layout, machine)
