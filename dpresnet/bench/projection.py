@@ -10,8 +10,8 @@ and an exchange of m bytes per rank that all ranks take part in
 
     host + ceil(log2 P) * alpha + (P-1) * (m / beta + merge)     all-gather by recursive doubling, then every rank merges
 
-(costs of collectives as in Thakur, Rabenseifner and Gropp 2005, section 4). Buckets are summed one after the other, while the
-device goes on; on a CPU the host takes the time for that from the kernels. From one point where ranks meet to the next the
+(costs of collectives as in Thakur, Rabenseifner and Gropp 2005, section 4). Buckets travel one after the other, and the host
+works on one while the next is on its way, all while the device goes on; on a CPU the host takes its time from the kernels. From one point where ranks meet to the next the
 step takes as long as on the slowest of them: the expected largest of P draws from what was measured in several steps.
 """
 
@@ -110,15 +110,15 @@ def largest_of(draws: int, samples: np.ndarray) -> float:
 
 
 def sum_s(nbytes: float, layout: Layout, machine: Machine) -> tuple[float, float]:
-    """Seconds until a bucket is summed, and of them those in which the host computes."""
+    """Seconds in which a bucket travels, and in which the host works on it."""
     nodes, ranks = layout.nodes, layout.ranks_per_node
     within = (ranks - 1) / ranks * nbytes * (1 / machine.add + 1 / machine.copy)
     if nodes == 1:
-        return within, within
+        return 0.0, within
     adding = nbytes / ranks * ((nodes - 1) / nodes / machine.add + 1.5 * machine.round_s)
     travelling = 2 * (nodes - 1) * (machine.alpha_s + layout.wire * nbytes / nodes / machine.beta)
     sent = 2 * (nodes - 1) / nodes * layout.wire * nbytes / ranks
-    return within + travelling + adding, within + adding + sent * machine.link_cpu_s
+    return travelling, within + adding + sent * machine.link_cpu_s
 
 
 def exchange_s(nbytes: float, layout: Layout, machine: Machine) -> float:
@@ -134,7 +134,7 @@ def project(profile: Profile, layout: Layout, machine: Machine) -> dict[str, flo
     """Seconds of a step: in all, in which exchanges held the device up, in which gradients were under way, and of these
     after the end of backward.
     """
-    device = host = link = 0.0  # until when each is busy
+    device = host = link = summed = 0.0  # until when each is busy
     ends: list[float] = []  # of the launches
     lasting = profile.lasting(layout)
     held = under_way = 0.0
@@ -146,11 +146,12 @@ def project(profile: Profile, layout: Layout, machine: Machine) -> dict[str, flo
         elif entry["kind"] == "exchange" and layout.sync_bn and layout.ranks > 1:
             host = max(host, ends[entry["after"]]) + exchange_s(entry["bytes"], layout, machine)
         elif entry["kind"] == "ready" and layout.ranks > 1:
-            seconds, computing = sum_s(entry["bytes"], layout, machine)
-            link = max(link, device) + seconds
-            under_way += seconds
+            travelling, computing = sum_s(entry["bytes"], layout, machine)
+            under_way += travelling + computing
+            link = max(link, device) + travelling
+            summed = max(link, summed) + computing
             device += computing * machine.steals
-    exposed = max(0.0, link - device)
+    exposed = max(0.0, summed - device)
     losses = exchange_s(24, layout, machine)
     return {
         "step_s": device + exposed + losses + profile.tail_s,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dpresnet.checkpoint import load
+from dpresnet.environment import own_cores
 from dpresnet.setup import claim
 from tests.launching import Finished, mpirun, python
 
@@ -342,3 +343,19 @@ def test_each_kernel_compiles_once_on_a_node(tmp_path):
     compiled = {str(path): path.stat().st_mtime_ns for path in cache.rglob("*.so")}
     assert len(compiled) > 20
     assert compiled == json.loads((tmp_path / "list").read_text())
+
+
+@pytest.mark.skipif(len(own_cores()) < 2, reason="ranks need a core each")
+def test_ranks_keep_to_separate_cores(tmp_path):
+    base = ("--replicas", "2", "--batch", "8", "--steps", "1")
+
+    def cores(rank: int, *flags: str) -> tuple[set[str], bool]:
+        done = train(2, tmp_path, *flags, fault=f"kind=cores,rank={rank},step=1", base=base)
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("cores")]
+        library, listed = re.fullmatch(r"cores (.*?)((?: \d+)+)", line).groups()
+        return set(listed.split()), "MPICH" in library
+
+    first, second = cores(0)[0], cores(1)[0]
+    assert first and second and not first & second
+    free, mpich = cores(0, "--no-bind")
+    assert free == set(map(str, own_cores())) or not mpich  # another MPI binds by itself

@@ -41,6 +41,8 @@ def before_step(trainer) -> None:
     if KIND == "flip":  # one bit of the mantissa of one weight
         trainer.replicas.parameter("layer2.0.conv2.weight").reshape(-1).view(np.uint32)[7] ^= 1 << 12
         trainer.replicas.push_state()
+    if KIND == "cores":
+        print("cores", trainer.comm.mpi_library, *sorted(os.sched_getaffinity(0)))
     if KIND == "sleep":
         time.sleep(1e6)
 
