@@ -131,29 +131,32 @@ def least(call: Callable[[], object]) -> float:
 
 
 def link_of(comm: Comm) -> tuple[tuple[float, float], float]:
-    """Latency in seconds and bytes per second of the last level of groups (that between nodes), and seconds of the host per
-    byte sent.
+    """Latency in seconds and bytes per second of the last level of groups (that between nodes), when nothing else is done;
+    and seconds of the host per byte sent when it looks at them now and then, as while kernels run.
     """
     group = comm.groups[-1]
     small, large, received = (np.ones(group.size * nbytes, np.uint8) for nbytes in (SMALL, LARGE, LARGE))
 
-    def all_to_all(data: np.ndarray) -> None:
+    def all_to_all(data: np.ndarray, now_and_then: bool = False) -> None:
         part = data.size // group.size
         request = group.start_alltoall(data, [part] * group.size, received[: data.size], [part] * group.size, "a measurement")
-        comm.wait_until(request.test, BULK_SPIN_S)  # as for gradients
+        comm.wait_until(request.test, 0.0 if now_and_then else BULK_SPIN_S)
 
-    def seconds(data: np.ndarray, times: int) -> tuple[float, float]:
+    def seconds(data: np.ndarray, times: int) -> float:
         comm.barrier()
-        began, cpu = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
         for _ in range(times):
             all_to_all(data)
-        return (time.perf_counter() - began) / times, (time.process_time() - cpu) / times
+        return slowest(comm, (time.perf_counter() - began) / times)
 
     seconds(small, MESSAGES)
-    alpha_s = seconds(small, MESSAGES)[0] / (group.size - 1)
-    took, cpu_s = min(seconds(large, 2) for _ in range(3))
+    alpha_s = seconds(small, MESSAGES) / (group.size - 1)
+    took = min(seconds(large, 2) for _ in range(3))
+    comm.barrier()
+    cpu = time.process_time()
+    all_to_all(large, now_and_then=True)
     sent = LARGE * (group.size - 1)
-    return (slowest(comm, alpha_s), sent / slowest(comm, took)), cpu_s / sent
+    return (alpha_s, sent / took), (time.process_time() - cpu) / sent
 
 
 def layout_of(comm: Comm, ranks_per_node: int, bn: str, wire: str) -> Layout:

@@ -11,8 +11,9 @@ and an exchange of m bytes per rank that all ranks take part in
     host + ceil(log2 P) * alpha + (P-1) * (m / beta + merge)     all-gather by recursive doubling, then every rank merges
 
 (costs of collectives as in Thakur, Rabenseifner and Gropp 2005, section 4). Buckets travel one after the other, and the host
-works on one while the next is on its way, all while the device goes on; on a CPU the host takes its time from the kernels. From one point where ranks meet to the next the
-step takes as long as on the slowest of them: the expected largest of P draws from what was measured in several steps.
+works on one while the next is on its way, all while the device goes on; on a CPU the host takes its time from the kernels.
+From one point where ranks meet to the next the step takes as long as on the slowest of them: the expected largest of P draws
+from what was measured in several steps.
 """
 
 from __future__ import annotations
