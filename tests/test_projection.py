@@ -147,3 +147,12 @@ def test_ranks_that_meet_often_wait_more():
     assert project(profile, Layout(2), FREE)["step_s"] == pytest.approx(2.5 + 2.5)
     together = plan([launch(1, 3), exchange(0), launch(1, 3)], 0.0)
     assert project(together, Layout(2, sync_bn=False), FREE)["step_s"] == pytest.approx(5)
+
+
+def test_an_exchange_queues_behind_a_bucket_on_the_link():
+    entries = [launch(0.1), ready(1e9), launch(0.1), exchange(1), launch(0.1)]
+    machine = replace(FREE, beta=2e9, queue_s=0.25)  # the bucket is on its way from 0.1 to 0.6
+    assert project(plan(entries, 0.0), Layout(2), machine)["step_s"] == pytest.approx(0.2 + 0.25 + 0.1 + 0.05)
+    machine = replace(FREE, beta=5e9, queue_s=0.25)  # it has arrived at 0.3
+    assert project(plan(entries, 0.0), Layout(2), machine)["step_s"] == pytest.approx(0.3 + 0.1)
+    assert project(plan(entries, 0.0), Layout(1, 2), machine)["step_s"] == pytest.approx(0.3)

@@ -12,7 +12,7 @@ from dpresnet.bench.facts import spread
 from dpresnet.bench.ours import Ours, span
 from dpresnet.bench.projection import MB, Layout, Machine, Profile, project, rows, text
 from dpresnet.bench.workload import Facts, Workload
-from dpresnet.comm import BULK_SPIN_S, Comm, Solo
+from dpresnet.comm import BULK_SPIN_S, Comm, Request, Solo
 from dpresnet.exchange import merge_moments
 from dpresnet.plan import Exchange, Launch, Ready
 from dpresnet.wire import BLOCK, WIRES
@@ -32,7 +32,7 @@ def measure(comm: Comm, work: Workload, layout: Layout, link: tuple[float, float
     alone = Ours(work, Solo(), **buckets)
     steps = max(1, round(turn_s / comm.bcast(alone.warm()["step_s"])))
     if comm.size == 1:
-        machine = machine_of(alone, wire, link, 0.0)
+        machine = machine_of(alone, wire, link)
         profile = profile_of(comm, alone, statistics.median(alone.run(rounds * steps)["seconds"]))
         found = {"rows": rows(profile, nodes, layout, machine)}
     else:
@@ -94,7 +94,7 @@ def profiled_step(side: Ours) -> list[float]:
     return [*(end - begin for begin, end in (span(event) for _, event in events)), whole]
 
 
-def machine_of(side: Ours, wire: str, link: tuple[float, float], link_cpu_s: float) -> Machine:
+def machine_of(side: Ours, wire: str, link: tuple[float, float], link_cpu_s: float = 0.0, queue_s: float = 0.0) -> Machine:
     """What this machine's memory and its host thread can do, and the link."""
     left, right, out = (np.ones(PIECE // 4, np.float32) for _ in range(3))
     row = np.ones(513)
@@ -102,7 +102,7 @@ def machine_of(side: Ours, wire: str, link: tuple[float, float], link_cpu_s: flo
     copy = PIECE / least(lambda: np.copyto(out, left))
     merge_s = least(lambda: merge_moments(row, row)) / 2  # of forward and backward, which only adds
     round_s = least(lambda: WIRES[wire].round(left)) / PIECE if wire != "fp32" else 0.0
-    return Machine(*link, add, copy, host_s(side), merge_s, round_s, link_cpu_s, side.device.host_memory)
+    return Machine(*link, add, copy, host_s(side), merge_s, round_s, link_cpu_s, queue_s, side.device.host_memory)
 
 
 def host_s(side: Ours) -> float:
@@ -130,17 +130,20 @@ def least(call: Callable[[], object]) -> float:
     return min(samples)
 
 
-def link_of(comm: Comm) -> tuple[tuple[float, float], float]:
+def link_of(comm: Comm) -> tuple[tuple[float, float], float, float]:
     """Latency in seconds and bytes per second of the last level of groups (that between nodes), when nothing else is done;
-    and seconds of the host per byte sent when it looks at them now and then, as while kernels run.
+    seconds of the host per byte sent when it looks at them now and then, as while kernels run; and by how many seconds a
+    small message is late that is sent after a large one.
     """
     group = comm.groups[-1]
     small, large, received = (np.ones(group.size * nbytes, np.uint8) for nbytes in (SMALL, LARGE, LARGE))
 
-    def all_to_all(data: np.ndarray, now_and_then: bool = False) -> None:
+    def start(data: np.ndarray) -> Request:
         part = data.size // group.size
-        request = group.start_alltoall(data, [part] * group.size, received[: data.size], [part] * group.size, "a measurement")
-        comm.wait_until(request.test, 0.0 if now_and_then else BULK_SPIN_S)
+        return group.start_alltoall(data, [part] * group.size, received[: data.size], [part] * group.size, "a measurement")
+
+    def all_to_all(data: np.ndarray, now_and_then: bool = False) -> None:
+        comm.wait_until(start(data).test, 0.0 if now_and_then else BULK_SPIN_S)
 
     def seconds(data: np.ndarray, times: int) -> float:
         comm.barrier()
@@ -156,7 +159,17 @@ def link_of(comm: Comm) -> tuple[tuple[float, float], float]:
     cpu = time.process_time()
     all_to_all(large, now_and_then=True)
     sent = LARGE * (group.size - 1)
-    return (alpha_s, sent / took), (time.process_time() - cpu) / sent
+    cpu_s = (time.process_time() - cpu) / sent
+    return (alpha_s, sent / took), cpu_s, statistics.median(queued(comm, start(large)) for _ in range(5))
+
+
+def queued(comm: Comm, large: Request) -> float:
+    """Seconds until a small message has arrived everywhere after this large one."""
+    began = time.perf_counter()
+    comm.allgather(np.zeros(SMALL))
+    seconds = slowest(comm, time.perf_counter() - began)
+    comm.wait_until(large.test, BULK_SPIN_S)
+    return seconds
 
 
 def layout_of(comm: Comm, ranks_per_node: int, bn: str, wire: str) -> Layout:

@@ -37,7 +37,8 @@ class Machine:
 
     ``alpha_s`` and ``beta`` are those of messages between nodes; ``host_s`` is what an exchange takes without any message, and
     ``merge_s`` what it takes to merge the row of another rank. Seconds of a core per byte: ``round_s`` to put it into the
-    wire's format and back, ``link_cpu_s`` to send and receive it. ``steals``: the device is the CPU.
+    wire's format and back, ``link_cpu_s`` to send and receive it. ``queue_s``: how much later a small message arrives that is
+    sent after a large one. ``steals``: the device is the CPU.
     """
 
     alpha_s: float
@@ -48,6 +49,7 @@ class Machine:
     merge_s: float
     round_s: float = 0.0
     link_cpu_s: float = 0.0
+    queue_s: float = 0.0
     steals: bool = False
 
 
@@ -145,7 +147,9 @@ def project(profile: Profile, layout: Layout, machine: Machine) -> dict[str, flo
             device = max(device, host) + lasting[len(ends)]
             ends.append(device)
         elif entry["kind"] == "exchange" and layout.sync_bn and layout.ranks > 1:
-            host = max(host, ends[entry["after"]]) + exchange_s(entry["bytes"], layout, machine)
+            begin = max(host, ends[entry["after"]])
+            queued = min(machine.queue_s, max(0.0, link - begin)) if layout.nodes > 1 else 0.0
+            host = begin + queued + exchange_s(entry["bytes"], layout, machine)
         elif entry["kind"] == "ready" and layout.ranks > 1:
             travelling, computing = sum_s(entry["bytes"], layout, machine)
             under_way += travelling + computing
