@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import pyopencl as cl
 
 from dpresnet.bench.facts import spread
 from dpresnet.bench.ours import Ours, span
@@ -15,6 +16,7 @@ from dpresnet.bench.workload import Facts, Workload
 from dpresnet.comm import BULK_SPIN_S, Comm, Request, Solo
 from dpresnet.exchange import merge_moments
 from dpresnet.plan import Exchange, Launch, Ready
+from dpresnet.trainer import NAP_S
 from dpresnet.wire import BLOCK, WIRES
 
 REPEATS = 7
@@ -36,7 +38,7 @@ def measure(comm: Comm, work: Workload, layout: Layout, link: tuple[float, float
         profile = profile_of(comm, alone, statistics.median(alone.run(rounds * steps)["seconds"]))
         found = {"rows": rows(profile, nodes, layout, machine)}
     else:
-        machine = machine_of(alone, wire, *link_of(comm))
+        machine = machine_of(alone, wire, *link_of(comm, alone))
         found, profile = checked(comm, work, alone, layout, machine, rounds, steps, wire, **buckets)
     return found | {"device": alone.name, "machine": vars(machine), "layout": vars(layout), "batch": work.batch,
                     "step_s": profile.seconds, "mpi": comm.mpi_library, "ranks": comm.size}  # fmt: skip
@@ -130,10 +132,9 @@ def least(call: Callable[[], object]) -> float:
     return min(samples)
 
 
-def link_of(comm: Comm) -> tuple[tuple[float, float], float, float]:
-    """Latency in seconds and bytes per second of the last level of groups (that between nodes), when nothing else is done;
-    seconds of the host per byte sent when it looks at them now and then, as while kernels run; and by how many seconds a
-    small message is late that is sent after a large one.
+def link_of(comm: Comm, side: Ours) -> tuple[tuple[float, float], float, float]:
+    """Latency in seconds and bytes per second of the last level of groups (that between nodes), when nothing else is done; by
+    how many seconds a byte on the way delays the kernels; and how long a small message takes in the midst of a large one.
     """
     group = comm.groups[-1]
     small, large, received = (np.ones(group.size * nbytes, np.uint8) for nbytes in (SMALL, LARGE, LARGE))
@@ -142,25 +143,37 @@ def link_of(comm: Comm) -> tuple[tuple[float, float], float, float]:
         part = data.size // group.size
         return group.start_alltoall(data, [part] * group.size, received[: data.size], [part] * group.size, "a measurement")
 
-    def all_to_all(data: np.ndarray, now_and_then: bool = False) -> None:
-        comm.wait_until(start(data).test, 0.0 if now_and_then else BULK_SPIN_S)
-
     def seconds(data: np.ndarray, times: int) -> float:
         comm.barrier()
         began = time.perf_counter()
         for _ in range(times):
-            all_to_all(data)
+            comm.wait_until(start(data).test, BULK_SPIN_S)
         return slowest(comm, (time.perf_counter() - began) / times)
 
     seconds(small, MESSAGES)
     alpha_s = seconds(small, MESSAGES) / (group.size - 1)
     took = min(seconds(large, 2) for _ in range(3))
-    comm.barrier()
-    cpu = time.process_time()
-    all_to_all(large, now_and_then=True)
     sent = LARGE * (group.size - 1)
-    cpu_s = (time.process_time() - cpu) / sent
-    return (alpha_s, sent / took), cpu_s, statistics.median(queued(comm, start(large), took) for _ in range(5))
+    messages = comm.bcast(max(1, int(computing(comm, side, start, large, 0) / took / 3)))
+    longer = [computing(comm, side, start, large, messages) - computing(comm, side, start, large, 0) for _ in range(REPEATS)]
+    link_cpu_s = max(0.0, statistics.median(longer)) / (messages * sent)
+    return (alpha_s, sent / took), link_cpu_s, statistics.median(queued(comm, start(large), took) for _ in range(5))
+
+
+def computing(comm: Comm, side: Ours, start: Callable[[np.ndarray], Request], large: np.ndarray, messages: int) -> float:
+    """Seconds of forward and backward while so many messages travel, one after the other, as buckets do."""
+    comm.barrier()
+    began, ends, under_way = time.perf_counter(), [], None
+    side.trainer.replicas.run(side.model.train, lambda entry, event: None, lambda bucket, event: ends.append(event))
+    side.device.queue.flush()
+    seconds = 0.0
+    while messages or under_way or not seconds:
+        if not seconds and ends[-1].command_execution_status == cl.command_execution_status.COMPLETE:
+            seconds = time.perf_counter() - began
+        if under_way is None or under_way.test():
+            under_way, messages = (start(large), messages - 1) if messages else (None, 0)
+        time.sleep(NAP_S if under_way else 10 * NAP_S)
+    return slowest(comm, seconds)
 
 
 def queued(comm: Comm, large: Request, took: float) -> float:
