@@ -27,7 +27,7 @@ from itertools import pairwise
 import numpy as np
 
 from dpresnet import trace, tree
-from dpresnet.comm import BULK_SPIN_S, Comm, Group, Level, Request
+from dpresnet.comm import BULK_SPIN_S, SPIN_S, Comm, Group, Level, Request
 from dpresnet.shared import Commons, Shared
 from dpresnet.wire import WIRES, Wire
 
@@ -92,6 +92,11 @@ class Allreduce(ABC):
         self._lengths = [bucket.stop - bucket.start for bucket in buckets]
         self._forget()
 
+    @property
+    def _spin_s(self) -> float:
+        """How long ``wait`` polls without naps."""
+        return BULK_SPIN_S
+
     @abstractmethod
     def _reduce(self, k: int, leaves: list[np.ndarray], out: np.ndarray) -> Iterator[None]:
         """The life of one bucket; each ``yield`` gives the core back where it would have to wait."""
@@ -140,7 +145,7 @@ class Allreduce(ABC):
             raise RuntimeError(
                 f"bucket {min(self._waiting)} was started, but bucket {self._launched}, which goes before it, never was"
             )
-        self._comm.wait_until(self._finished, BULK_SPIN_S)
+        self._comm.wait_until(self._finished, self._spin_s)
         self._leave()
         self._forget()
 
@@ -343,6 +348,10 @@ class TreeAllreduce(Allreduce):
         whole = dict(zip(replicas, [arena.view(np.float32) for of in commons.arenas for arena in of], strict=True))
         leaves = [{replica: arena[bucket] for replica, arena in whole.items()} for bucket in buckets]
         return [_SharedStage(group, held, sums, of, self._wire, commons.shared) for of in leaves]
+
+    @property
+    def _spin_s(self) -> float:
+        return SPIN_S if self._commons and len(self._comm.groups) == 1 else BULK_SPIN_S  # no message waits for polls
 
     def _leave(self) -> None:
         if self._commons:

@@ -28,13 +28,14 @@ import numpy as np
 from dpresnet.errors import Late, Refused
 from dpresnet.events import GAVE_UP, Event, Note, Ring, Traffic, describe, missing, read
 from dpresnet.launcher import Launch, join, launched, library
-from dpresnet.shared import Shared, accept, offer, whole_bytes
+from dpresnet.shared import Arrival, Shared, accept, offer, whole_bytes
 
 JOIN_LIMIT_S = 300.0  # all ranks have entered MPI_Init by then, or one never will
 DELIVERY_S = 0.3  # what a rank prints before an abort reaches the launcher in this time, if at all
 ABORT_LIMIT_S = 2.0  # an abort takes no longer, or the process just ends
 SPIN_S = 2e-4  # poll this long at full speed, longer than a small message takes
-BULK_SPIN_S = 1.0  # the same while large messages are under way: each poll moves a piece of them, and small ones come after
+BULK_SPIN_S = 1.0  # the same while MPI moves large messages: each poll moves a piece of them, and small ones come after
+LARGE_BYTES = 2**16
 NAP_S = 5e-5  # then between naps of this length
 STOPPED_S = 1.0  # longer between two looks, and the process itself has been stopped for a while: that is nobody's delay
 LOOK_LIMIT_S = 10.0  # a folder that does not answer must not keep a rank from ending
@@ -117,8 +118,7 @@ class Solo:
     def node_barrier(self) -> None:
         pass
 
-    def share(self, nbytes: int) -> None:
-        return None
+    def share(self, nbytes: int) -> None: ...
 
     def start_allreduce(self, values: np.ndarray, what: str = "") -> "Done":
         return Done()
@@ -143,8 +143,8 @@ class Done:
 class Request:
     """A started operation. Its arrays must stay untouched until ``test`` has said True."""
 
-    def __init__(self, request: Any, world: "World", note: Note) -> None:
-        self._request, self._world, self._note = request, world, note
+    def __init__(self, request: Any, world: "World", note: Note, large: bool) -> None:
+        self._request, self._world, self._note, self._large = request, world, note, large
         self._done = False
 
     def test(self) -> bool:
@@ -152,11 +152,11 @@ class Request:
             with self._world.lock:
                 self._done = self._request.Test()
             if self._done:
-                self._world.ended(self._note)
+                self._world.ended(self._note, self._large)
         return self._done
 
     def wait(self) -> None:
-        self._world.wait_until(self.test, BULK_SPIN_S if self._world._under_way > 1 else SPIN_S)
+        self._world.wait_until(self.test, BULK_SPIN_S if self._world.large else SPIN_S)
 
 
 def levels(nodes: Sequence[int]) -> list[Level]:
@@ -228,7 +228,7 @@ class World:
         self.lock = threading.Lock()
         self.events, self.timeout, self._folder = Ring(), 0.0, None
         self._sent_bytes, self._active_s, self._waited_s = 0, 0.0, 0.0
-        self._under_way, self._since = 0, 0.0  # operations, and since when there are any
+        self._under_way, self.large, self._since = 0, 0, 0.0  # operations, MPI's large ones of them; since when there are any
         self._comm, self._allreduce, self._exit = (mpi.COMM_WORLD.Dup() for _ in range(3))
         self._node = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
         self.rank, self.size = self._comm.rank, self._comm.size
@@ -257,11 +257,15 @@ class World:
             self._since = time.perf_counter()
         self._under_way += 1
         with self.lock:
-            return Request(operation(*arguments), self, note)
+            request = operation(*arguments)
+        large = nbytes >= LARGE_BYTES and not isinstance(request, Arrival)
+        self.large += large
+        return Request(request, self, note, large)
 
-    def ended(self, note: Note) -> None:
+    def ended(self, note: Note, large: bool) -> None:
         """An operation is done."""
         self.events.end(note)
+        self.large -= large
         self._under_way -= 1
         if not self._under_way:
             self._active_s += time.perf_counter() - self._since
