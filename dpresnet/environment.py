@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dpresnet.errors import Refused
 
@@ -39,6 +40,13 @@ def prepare(threads: int, local_rank: int, local_size: int) -> None:
     # pyopencl's own cache takes a lock that a killed process leaves behind: the next one waits a minute, then fails
     os.environ.setdefault("PYOPENCL_NO_CACHE", "1")
     os.environ["POCL_CACHE_DIR"] = str(kernel_cache())
+
+
+def prepare_rank(comm: Any, threads: int, bound: bool = True) -> None:
+    """`prepare` and, if wanted, `bind` for this rank of a job; collective over the ranks of ``comm``."""
+    prepare(threads, comm.local_rank, comm.local_size)
+    if bound:
+        bind(comm.gather((comm.host, own_cores())), comm.rank, threads)
 
 
 def _check_in_force(settings: dict[str, str]) -> None:

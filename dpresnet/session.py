@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from dpresnet.setup import (
     find_checkpoint,
     from_rank_0,
     handshake,
+    in_turn,
     odd_ranks,
     put_aside,
     resolve,
@@ -41,7 +41,7 @@ from dpresnet.setup import (
 )
 from dpresnet.tracing import Tracer, check_path
 from dpresnet.trail import Trail
-from dpresnet.trainer import Outcome, Trainer
+from dpresnet.trainer import Outcome
 
 STRAGGLES = 1.5  # times the median, and a rank is worth a warning
 LONGEST_STEPS = 10  # that a rank waits for the others, at least: of the RECENT ones
@@ -75,7 +75,10 @@ class Session:
         check_memory(model, cfg.replicas // comm.size, ranks_on_device)
         comm.events.what = "memory in common"
         commons = share_gradients(model, comm, cfg.replicas, cfg.reduce)
-        self.trainer = self._in_turn(lambda: build_trainer(cfg, model, comm, commons))
+        with in_turn(comm):
+            self.trainer = build_trainer(cfg, model, comm, commons)
+            if comm.local_rank == 0:
+                self.trainer.replicas.warm()
         comm.events.what = "what the ranks are to have in common"
         handshake(comm, self._facts())
         self.longest: deque[float] = deque([0.0], RECENT)  # seconds of the last steps
@@ -108,22 +111,6 @@ class Session:
         trail.forget(self.trails, after=saved.meta["progress"]["step"] if saved else -1)
         note = "" if cfg.resume else put_aside(self.folder)
         return [note] if note else []
-
-    def _in_turn(self, build: Callable[[], Trainer]) -> Trainer:
-        """The first rank of a node compiles every kernel into the shared cache, the others find it there.
-
-        If it refuses, the others get their turn all the same: they will refuse alike.
-        """
-        self.comm.events.what = "the first rank of the node to compile"
-        if self.comm.local_rank:
-            self.comm.node_barrier()
-            return build()
-        try:
-            trainer = build()
-            trainer.replicas.warm()
-            return trainer
-        finally:
-            self.comm.node_barrier()
 
     def _facts(self) -> dict[str, object]:
         shapes = {p.name: p.shape for p in self.trainer.model.parameters}

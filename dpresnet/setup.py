@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -40,6 +41,23 @@ def from_rank_0(comm: Comm, find: Callable[[], T]) -> T:
     if failed:
         raise failed
     return found
+
+
+@contextmanager
+def in_turn(comm: Comm) -> Iterator[None]:
+    """Within, the first rank of a node compiles every kernel into the shared cache; the others come when it is done, and find
+    them there.
+
+    If it refuses, the others get their turn all the same: they will refuse alike.
+    """
+    comm.events.what = "the first rank of the node to compile"
+    if comm.local_rank:
+        comm.node_barrier()
+    try:
+        yield
+    finally:
+        if not comm.local_rank:
+            comm.node_barrier()
 
 
 def resolve(cfg: Config, dataset: Dataset, ranks: int, saved: Config | None) -> Config:

@@ -31,8 +31,6 @@ COLOURS = {
 FORWARD, BACKWARD, UPDATE, EXCHANGE, WAITING, GRADIENTS = COLOURS
 WAITS = ("wait for gradients", "wait for images")
 
-Interval = tuple[float, float]
-
 
 class Span(NamedTuple):
     """From ``begin`` to ``end``, in ms."""
@@ -75,15 +73,6 @@ def steps_of(spans: Spans) -> dict[int, dict[int, Span]]:
     return dict(sorted(found.items()))
 
 
-def covered(spans: Iterable[Span | Interval], within: Span) -> float:
-    """Milliseconds of a step in at least one of the spans."""
-    total, until = 0.0, within.begin
-    for begin, end, *_ in sorted(spans, key=lambda span: span[:2]):
-        begin, end = max(begin, until), min(end, within.end)
-        total, until = total + max(0.0, end - begin), max(until, end)
-    return total
-
-
 def is_exchange(span: Span) -> bool:
     """Whether the rank did nothing but take part in an exchange."""
     return "channel" in span.facts
@@ -94,12 +83,16 @@ def account(spans: Spans, rank: int, step: Span) -> dict[str, float]:
     host = [row for row in spans[rank, HOST] if step.begin <= row.begin and row.end <= step.end]
     buckets = [row for (owner, track), rows in spans.items() if owner == rank and track.startswith("bucket ") for row in rows]
     gradients = [row for row in host if row.name == "wait for gradients"]
+
+    def covered(rows: Iterable[Span]) -> float:
+        return trace.covered(rows, step.begin, step.end)
+
     return {
         "step": step.end - step.begin,
-        "kernels": covered(spans.get((rank, DEVICE), []), step),
-        "exchanges": covered(filter(is_exchange, host), step),
-        "gradients": covered(buckets, step),
-        "exposed": covered(gradients, step),
+        "kernels": covered(spans.get((rank, DEVICE), [])),
+        "exchanges": covered(filter(is_exchange, host)),
+        "gradients": covered(buckets),
+        "exposed": covered(gradients),
     }
 
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,15 @@ def _noted(name: str, facts: dict[str, Any]) -> Iterator[None]:
     thread, began = threading.current_thread(), clock()
     yield
     note(HOST if thread is threading.main_thread() else thread.name, name, began, clock(), **facts)
+
+
+def covered(spans: Iterable[Sequence[Any]], begin: float = -math.inf, end: float = math.inf) -> float:
+    """The time from ``begin`` to ``end`` that lies in at least one of the spans (begin, end, ...)."""
+    total, until = 0.0, begin
+    for first, last, *_ in sorted(spans, key=lambda span: span[:2]):
+        total += max(0.0, min(last, end) - max(first, until))
+        until = max(until, min(last, end))
+    return total
 
 
 # The file

@@ -15,9 +15,7 @@ from dpresnet.config import Config, parse
 
 def run(cfg: Config, comm: Comm, stop: failure.StopFlag) -> None:
     """One run of a configuration on this rank."""
-    environment.prepare(cfg.threads, comm.local_rank, comm.local_size)
-    if cfg.bind:
-        environment.bind(comm.gather((comm.host, environment.own_cores())), comm.rank, cfg.threads)
+    environment.prepare_rank(comm, cfg.threads, cfg.bind)
     from dpresnet.session import Session
     from dpresnet.setup import describe
 

@@ -134,6 +134,16 @@ def workers(folder: str | os.PathLike) -> list[int]:
     return sorted(found)
 
 
+def sleeps_between_turns(child) -> None:
+    """Asserts that the workers of a `dpresnet.bench.child.Child` take no time of a core while nobody asks them."""
+    child.hello()
+    child.ask("run", steps=1)
+    time.sleep(1)
+    for answer in child.ask("run", steps=1):
+        assert answer["waited_s"] > 0.9
+        assert answer["waited_cpu_s"] < 0.02 * answer["waited_s"]
+
+
 def _kill_session(process: subprocess.Popen) -> None:
     """Returns when the process and all it has started are gone."""
     if process.poll() is None:

@@ -3,7 +3,6 @@
 import pytest
 
 from dpresnet import timeline, trace
-from dpresnet.timeline import Span
 from dpresnet.trace import Part
 from tests.launching import python
 
@@ -50,8 +49,8 @@ def test_what_a_step_was_spent_on(path):
 
 
 def test_overlapping_spans_count_once_and_only_within():
-    within = Span(10.0, 20.0, "step", {})
-    assert timeline.covered([(0.0, 1.0), (5.0, 12.0), (11.0, 13.0), (15.0, 16.0), (19.0, 30.0), (40.0, 50.0)], within) == 5.0
+    spans = [(0.0, 1.0), (5.0, 12.0), (11.0, 13.0), (15.0, 16.0), (19.0, 30.0), (40.0, 50.0)]
+    assert trace.covered(spans, 10.0, 20.0) == 5.0
 
 
 def test_backward_begins_with_the_loss(path):

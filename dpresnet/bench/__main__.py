@@ -168,8 +168,7 @@ def measure_in_job(args: argparse.Namespace, comm: Comm) -> tuple[Facts, str]:
         results = reduce.measure(comm, args.mb, args.bucket_mb, args.rounds)
         return results, reduce.report(results)
     work = workload(args)
-    environment.prepare(work.threads, comm.local_rank, comm.local_size)
-    environment.bind(comm.gather((comm.host, environment.own_cores())), comm.rank, work.threads)
+    environment.prepare_rank(comm, work.threads)
     from dpresnet.bench import exchanges, project  # they load OpenCL
 
     buckets = {name: getattr(args, name) for name in ("bucket_mb", "first_bucket_mb")}

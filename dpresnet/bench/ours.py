@@ -24,6 +24,8 @@ from dpresnet.model import Model, Pixels
 from dpresnet.plan import Exchange, Launch
 from dpresnet.replicas import share_gradients
 from dpresnet.resnet import Options
+from dpresnet.setup import in_turn
+from dpresnet.trace import covered
 from dpresnet.trainer import Hyper, Trainer
 
 BATCHES = 2  # fed in turn
@@ -175,18 +177,6 @@ class Ours:
         return {"parts": {home: sum(chunks) for home, chunks in self.model.bytes.items()}}
 
 
-@contextmanager
-def in_turn(comm: Comm) -> Iterator[None]:
-    """Within, the first rank of a node compiles; the others come when it is done, and find all kernels in the cache."""
-    if comm.local_rank:
-        comm.node_barrier()
-    try:
-        yield
-    finally:
-        if not comm.local_rank:
-            comm.node_barrier()
-
-
 def span(event: cl.Event) -> Span:
     """When a finished command ran."""
     return 1e-9 * event.profile.start, 1e-9 * event.profile.end
@@ -196,12 +186,3 @@ def gaps_before(chosen: set[int], launches: list[int], spans: list[Span]) -> flo
     """Seconds between the end of a launch and the begin of the next, added up over the next ones that are chosen."""
     following = zip(launches[1:], pairwise(spans), strict=True)
     return sum(max(0.0, begin - end) for launch, ((_, end), (begin, _)) in following if launch in chosen)
-
-
-def covered(spans: list[Span]) -> float:
-    """Seconds in at least one of the spans."""
-    total, until = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total

@@ -191,7 +191,7 @@ def layout_of(comm: Comm, ranks_per_node: int, bn: str, wire: str) -> Layout:
     """Of this job; of one process with so many ranks on every node."""
     ratio = WIRES[wire].nbytes(BLOCK) / (4 * BLOCK)
     if comm.size > 1:
-        ranks_per_node = comm.groups[0].size if len(comm.groups) > 1 else comm.local_size if comm.local_size == comm.size else 1
+        ranks_per_node = comm.local_size if comm.groups[0].size == comm.local_size else 1
     return Layout(max(1, comm.size // ranks_per_node), ranks_per_node, bn == "sync", ratio)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -206,7 +206,7 @@ def rows(profile: Profile, nodes: list[int], layout: Layout, machine: Machine) -
     """The projection of each number of nodes, with its efficiency: the step of one rank alone by that of all."""
     found = []
     for count in nodes:
-        here = Layout(count, layout.ranks_per_node, layout.sync_bn, layout.wire)
+        here = replace(layout, nodes=count)
         projected = project(profile, here, machine)
         found.append({"nodes": count, "ranks": here.ranks, **projected, "efficiency": profile.seconds / projected["step_s"]})
     return found

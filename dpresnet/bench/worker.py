@@ -39,8 +39,7 @@ def load(job: Facts, comm: Comm) -> Callable[[], Any]:
     """Imports what the side of a job needs; the result builds it."""
     work, (module, name) = Workload(**job["work"]), SIDES[job["side"]]
     if job["side"] in OURS:
-        environment.prepare(work.threads, comm.local_rank, comm.local_size)
-        environment.bind(comm.gather((comm.host, environment.own_cores())), comm.rank, work.threads)
+        environment.prepare_rank(comm, work.threads)
     side = getattr(importlib.import_module(f"dpresnet.bench.{module}"), name)
     return lambda: side(work, **together(job, comm), **job["arguments"])
 

@@ -6,12 +6,12 @@ import json
 import struct
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from judge import random_walk
+from launching import sleeps_between_turns
 from problems import Case
 
 import dpresnet
@@ -158,12 +158,7 @@ def test_scaling_against_torch(tmp_path):
 
 def test_processes_of_ddp_sleep_between_turns():
     with Child("ddp", WORK, 2, variant="contiguous") as child:
-        child.hello()
-        child.ask("run", steps=1)
-        time.sleep(1)
-        for answer in child.ask("run", steps=1):
-            assert answer["waited_s"] > 0.9
-            assert answer["waited_cpu_s"] < 0.02 * answer["waited_s"]
+        sleeps_between_turns(child)
 
 
 DDP = """

@@ -345,8 +345,8 @@ def test_each_kernel_compiles_once_on_a_node(tmp_path):
     assert compiled == json.loads((tmp_path / "list").read_text())
 
 
-@pytest.mark.skipif(len(own_cores()) < 2, reason="ranks need a core each")
 def test_ranks_keep_to_separate_cores(tmp_path):
+    """Where there is only one they share it."""
     base = ("--replicas", "2", "--batch", "8", "--steps", "1")
 
     def cores(rank: int, *flags: str) -> tuple[set[str], bool]:
@@ -355,7 +355,9 @@ def test_ranks_keep_to_separate_cores(tmp_path):
         library, listed = re.fullmatch(r"cores (.*?)((?: \d+)+)", line).groups()
         return set(listed.split()), "MPICH" in library
 
+    every = set(map(str, own_cores()))
     first, second = cores(0)[0], cores(1)[0]
-    assert first and second and not first & second
+    assert first and second and first | second <= every
+    assert not first & second if len(every) > 1 else first == second
     free, mpich = cores(0, "--no-bind")
-    assert free == set(map(str, own_cores())) or not mpich  # another MPI binds by itself
+    assert free == every if mpich else free <= every  # another MPI may bind by itself
