@@ -133,3 +133,35 @@ def test_waiting_ranks_leave_the_cores_to_others():
         "if c.rank == 0: print(time.process_time() - begin)"
     )
     assert float(mpirun(2, ["-c", code]).stdout) < 0.2
+
+
+LARGE = """
+import numpy as np
+from dpresnet import comm
+world, spins, found = comm.connect(), [], []
+wait = world.wait_until
+world.wait_until = lambda done, spin=comm.SPIN_S: (spins.append(spin), wait(done, spin))
+(group,) = world.groups
+def send(nbytes):
+    data = np.zeros(2 * nbytes, np.uint8)
+    return group.start_alltoall(data, [nbytes] * 2, np.empty_like(data), [nbytes] * 2)
+for nbytes, shared in ((8, False), (2**16, False), (2**16, True)):
+    common = world.share(4096) if shared else None
+    request = group.start_shared("alltoall", common, 0, nbytes, "parts") if shared else send(nbytes)
+    del spins[:]
+    world.barrier()
+    request.wait()
+    world.barrier()
+    found.append(spins[:])
+found = world.gather(found)
+if world.rank == 0:
+    print(found)
+"""
+
+
+def test_only_messages_that_mpi_moves_are_polled_for_without_naps():
+    """Ranks that wait for anything else leave their core to others."""
+    job = mpirun(2, ["-c", LARGE])
+    assert job.returncode == 0, job.stderr
+    short, long = [comm.SPIN_S] * 3, [comm.BULK_SPIN_S] * 2 + [comm.SPIN_S]
+    assert job.stdout.strip() == str([[short, long, short]] * 2)

@@ -2,10 +2,14 @@
 
 import json
 from statistics import median
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
+from dpresnet import trace
 from dpresnet.bench import exchanges
+from dpresnet.comm import Solo
 from tests.launching import mpirun, python
 
 TINY = ("--arch", "resnet20", "--image", "8", "--batch", "4", "--turn", "0.01", "--rounds", "2", "--bucket-mb", "0.25")
@@ -44,6 +48,20 @@ def test_the_table_has_every_kind_and_both_shares(run):
     for kind in found["kinds"]:
         assert f"\n{kind['name']} " in text
     assert "the exchanges of sync BN take" in text and "recording a trace takes" in text
+
+
+@pytest.mark.parametrize("kind", exchanges.kinds("sync"), ids=lambda kind: kind.name)
+def test_a_turn_trains_in_its_own_way(kind):
+    """A step to begin with, then those that are timed; all with or without overlap, and traced or not."""
+    seen = []
+    device = SimpleNamespace(finish=lambda: None)
+    job = SimpleNamespace(trainer=SimpleNamespace(overlap=None, replicas=SimpleNamespace(device=device)), device=device)
+    job.step = lambda: seen.append((job.trainer.overlap, trace.recording()))
+    traces = SimpleNamespace(start=lambda: kind.traced and trace.start(), step_done=lambda: None, finish=trace.stop)
+    with patch.object(exchanges, "Tracer", lambda cfg, *rest: traces if bool(cfg.trace) == kind.traced else None):
+        found = exchanges.turn(Solo(), job, kind, 3)
+    assert seen == [(kind.overlap, kind.traced)] * 4
+    assert found["seconds"] > 0 and found["sent_mb"] == 0
 
 
 def test_only_shared_statistics_are_compared_with_local_ones():
