@@ -29,6 +29,7 @@ class Norm:
     affine: Affine
     weight: Parameter
     bias: Parameter
+    merged: Tensor  # what training exchanges for the moments
     applied: bool = False
 
     @property
@@ -97,6 +98,7 @@ class Recorder:
         self.postponed: list[Callable[[], None]] = []  # see `meanwhile`
         self.gradients: dict[Tensor, list[Tensor | Record]] = {}  # the terms of each, see `terms`
         self.shared: set[Tensor] = set()  # terms of several gradients
+        self.filled: Exchange | None = None  # see `advance`
         self._names: dict[str, int] = {}
 
     def unique(self, kind: str) -> str:
@@ -185,10 +187,14 @@ class Recorder:
         self.postponed.clear()
 
     def advance(self, begin: int) -> None:
-        """Moves the entries from number ``begin`` on, which need nothing but parameters, before the last exchange."""
+        """Moves the entries from number ``begin`` on, which need nothing but parameters, before the last exchange, unless that
+        has got such work already.
+        """
         entries = self.prepare.entries
         last = max((i for i, entry in enumerate(entries) if isinstance(entry, Exchange)), default=begin)
-        entries[last:] = entries[begin:] + entries[last:begin]
+        if last < begin and entries[last] is not self.filled:
+            self.filled = entries[last]
+            entries[last:] = entries[begin:] + entries[last:begin]
 
     # Layers
 
@@ -232,11 +238,10 @@ class Recorder:
         mean = self.state.buffer(f"{name}.running_mean", x.channels)
         var = self.state.buffer(f"{name}.running_var", x.channels)
         moments = Tensor(f"{name}.moments", (2, x.blocks * BLOCK), FLOAT, "statistic" if self.train else "work")
-        norm = Norm(name, Affine(x, moments, weight.value, bias.value), weight, bias)
+        merged = Tensor(f"{name}.merged", moments.shape, FLOAT, "statistic")
+        norm = Norm(name, Affine(x, moments, weight.value, bias.value), weight, bias, merged)
         if self.train:
-            merged = norm.statistic("merged")
             batchnorm.statistics(self.plan, name, x, merged, moments, self.control)
-            self.plan.entries.append(Exchange(name, "statistics", merged, moments, x.height * x.width))
         else:
             batchnorm.running(self.prepare, f"{name}.running", x, mean.value, var.value, moments)
         return Pending((norm,))
@@ -288,10 +293,17 @@ class Recorder:
             norm.applied = True
         z = self.like(x.source, x.name)
         affines = [norm.affine for norm in norms]
+        if self.train:
+            self.exchange("statistics", norms, [norm.merged for norm in norms], [affine.moments for affine in affines])
         plain = [branch for branch in x.branches if isinstance(branch, Tensor)]
         batchnorm.apply(self.plan, z.name, affines[0], *([*affines[1:], *plain] or [None]), x.relu, z)
         self.tape.append(lambda: self.normalised_backward(z, norms, plain, x.relu))
         return z
+
+    def exchange(self, kind: str, norms: list[Norm], sources: list[Tensor], targets: list[Tensor]) -> None:
+        """Records that replicas agree, at once for all layers that the next launch normalises."""
+        names, x = tuple(norm.name for norm in norms), norms[0].x
+        self.plan.entries.append(Exchange(names, kind, tuple(sources), tuple(targets), x.height * x.width))
 
     def normalised_backward(self, z: Tensor, norms: list[Norm], plain: list[Tensor], relu: bool) -> None:
         """Gradients of everything that `normalised` put together."""
@@ -307,8 +319,7 @@ class Recorder:
             batchnorm.add_images(self.plan, f"{norm.name}.dx.sum", partial, total, norm.bias.grad, norm.weight.grad, mean,
                                  self.control, z.height * z.width)  # fmt: skip
         self.meanwhile()
-        for norm, total, mean in zip(norms, sums, means, strict=True):
-            self.plan.entries.append(Exchange(norm.name, "sums", total, mean, z.height * z.width))
+        self.exchange("sums", norms, sums, means)
         terms, relu = ([g], False) if added else (terms, relu)
         dxs = [self.like(norm.x, f"{norm.x.name}.grad") for norm in norms]
         if not plain:  # otherwise g is still read

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -129,34 +130,52 @@ class Launch:
 
 @dataclass(eq=False)
 class Exchange:
-    """Replicas must agree before the next launch.
+    """Replicas must agree before the next launch, on the statistics of one or more layers at a time.
 
-    ``kind`` "statistics": merge (count, mean, M2) of ``source`` [2][C] into ``target`` [2][C] = mean, 1 / deviation, and keep
-    the merged mean and M2 for the running statistics of ``name``. ``kind`` "sums": add ``source`` over the replicas, divide
-    by the number of values, into ``target``. ``pixels`` is the number of values per image and channel.
+    ``kind`` "statistics": merge (count, mean, M2) of each of ``sources`` [2][C] into its target [2][C] = mean, 1 / deviation,
+    and keep the merged mean and M2 for the running statistics of the layer, one of ``names``. ``kind`` "sums": add each source
+    over the replicas, divide by the number of values, into its target. ``pixels`` is the number of values per image and
+    channel, the same for all.
 
-    On a device with double precision the launch that writes ``source`` has put into ``target`` what a replica comes to that
+    On a device with double precision the launches that write ``sources`` have put into ``targets`` what a replica comes to that
     agrees with nobody else.
     """
 
-    name: str
+    names: tuple[str, ...]
     kind: str
-    source: Tensor
-    target: Tensor
+    sources: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
     pixels: int
+
+    @property
+    def name(self) -> str:
+        """The layers."""
+        return " and ".join(self.names)
+
+    @cached_property
+    def columns(self) -> list[slice]:
+        """Where the channels of each layer lie when the layers stand side by side."""
+        ends = np.cumsum([source.shape[1] for source in self.sources]).tolist()
+        return [slice(begin, end) for begin, end in pairwise([0, *ends])]
+
+    @property
+    def size(self) -> int:
+        """Values that a replica hands over."""
+        return sum(source.size for source in self.sources)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor it touches."""
-        return [self.source, self.target]
+        return [*self.sources, *self.targets]
 
     @property
     def writes(self) -> tuple[Tensor, ...]:
         """What it changes."""
-        return (self.target,)
+        return self.targets
 
     def __str__(self) -> str:
-        return f"{self.name:32s} exchange {self.kind}: {self.source.nbytes} bytes per replica"
+        nbytes = sum(source.nbytes for source in self.sources)
+        return f"{self.name:32s} exchange {self.kind}: {nbytes} bytes per replica"
 
 
 @dataclass(eq=False)

@@ -127,7 +127,8 @@ class Replicas:
                     for tensor in entry.statistics:
                         written[tensor] = event
                 case Exchange():
-                    exchange(entry, written[entry.source])
+                    last = next(tensor for tensor in reversed(written) if tensor in entry.sources)
+                    exchange(entry, written[last])
                 case Ready():
                     ready(entry.bucket, event)
             if inspect:

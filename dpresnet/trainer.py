@@ -85,10 +85,10 @@ class Trainer:
         self._first_bad: NonFinite | None = None
         self.alone = model.device.doubles and group == 1  # replicas normalise without the host
         self._added = False  # the gradient arena lacks earlier micro-batches
-        self._pending: list[dict[str, np.ndarray]] = []  # merged statistics of each micro-batch of this step, by layer
-        self._moments: dict[str, np.ndarray] = {}  # those of the present one
+        self._pending: list[dict[Exchange, np.ndarray]] = []  # merged statistics of each micro-batch of this step
+        self._moments: dict[Exchange, np.ndarray] = {}  # those of the present one
         self.trail: Trail | None = None  # set for a step that is to be recorded
-        self._local: dict[str, list[np.ndarray]] = {}  # of groups: those of each replica
+        self._local: dict[Exchange, list[np.ndarray]] = {}  # of groups: those of each replica
 
     @property
     def replicas_range(self) -> range:
@@ -256,24 +256,27 @@ class Trainer:
         rows, combine = self._rows(entry), merge_moments if entry.kind == "statistics" else add
         merged = self._statistics.combine_groups(rows, combine)
         for replica, row in zip(self.replicas.all, merged, strict=True):
-            values = row[1:].reshape(entry.source.shape)
-            target = moments(row[0], *values) if entry.kind == "statistics" else values / max(row[0], 1.0)
-            replica.memory.write(entry.target, target)
+            count, values = row[0], row[1:].reshape(2, -1)
+            result = moments(count, *values) if entry.kind == "statistics" else values / max(count, 1.0)
+            for target, layer in zip(entry.targets, entry.columns, strict=True):
+                replica.memory.write(target, result[:, layer])
         if entry.kind == "statistics":
             self._keep(entry, rows if self._apart else merged)
 
     def _rows(self, entry: Exchange) -> list[np.ndarray]:
-        """[count, 2 C values] of each replica of this rank."""
-        rows = [np.empty(1 + entry.source.size) for _ in self.replicas.all]
+        """[count, 2 C values] of each replica of this rank, C channels in all layers of the entry."""
+        rows = [np.empty(1 + entry.size) for _ in self.replicas.all]
         for row, replica, valid in zip(rows, self.replicas.all, self._valid, strict=True):
-            row[0], row[1:] = valid * entry.pixels, replica.memory.fetch(entry.source).ravel()
+            row[0], values = valid * entry.pixels, row[1:].reshape(2, -1)
+            for source, layer in zip(entry.sources, entry.columns, strict=True):
+                values[:, layer] = replica.memory.fetch(source)
         return rows
 
     def _keep(self, entry: Exchange, rows: list[np.ndarray]) -> None:
         """For the running statistics: [count, mean, M2] of each replica, or all the same where all replicas share them."""
-        self._moments[entry.name] = rows[0]
+        self._moments[entry] = rows[0]
         if self._apart:
-            self._local[entry.name] = rows
+            self._local[entry] = rows
 
     def _wait_for(self, event: cl.Event) -> None:
         """Returns when the event is complete; meanwhile buckets under way go on."""
@@ -294,17 +297,16 @@ class Trainer:
 
     def _merge_local(self) -> None:
         """Running statistics are those of the global batch also where groups normalise apart: one exchange for all layers."""
-        names = list(self._local)
-        widths = [self._local[name][0].size for name in names]
+        widths = [1 + entry.size for entry in self._local]
         rows = [np.concatenate(parts) for parts in zip(*self._local.values(), strict=True)]
-        layers = [slice(end - width, end) for width, end in zip(widths, np.cumsum(widths), strict=True)]
+        parts = [slice(end - width, end) for width, end in zip(widths, np.cumsum(widths), strict=True)]
 
         def combine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-            return np.concatenate([merge_moments(left[layer], right[layer]) for layer in layers])
+            return np.concatenate([merge_moments(left[part], right[part]) for part in parts])
 
         self.comm.events.what = "running statistics"
         merged = self._exchange.combine(rows, combine)
-        self._moments = {name: merged[layer] for name, layer in zip(names, layers, strict=True)}
+        self._moments = {entry: merged[part] for entry, part in zip(self._local, parts, strict=True)}
 
     def commit_running_statistics(self) -> None:
         """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2), for each
@@ -316,8 +318,10 @@ class Trainer:
         if not all(np.isfinite(row).all() for merged in self._pending for row in merged.values()):
             return
         for merged in self._pending:
-            for name, row in merged.items():
-                self._follow(name, *row[:1], *np.split(row[1:], 2))
+            for entry, row in merged.items():
+                values = row[1:].reshape(2, -1)
+                for name, layer in zip(entry.names, entry.columns, strict=True):
+                    self._follow(name, row[0], *values[:, layer])
 
     def _close_statistics(self) -> None:
         """Keeps the statistics of a micro-batch until the step is known to count."""

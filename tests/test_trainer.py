@@ -27,8 +27,9 @@ def device() -> Device:
 
 
 def make(device: Device, batch: int, replicas: int, precision: str = "fp32", accumulate: bool = False,
-         arch: str = "resnet20", **options: object) -> Trainer:  # fmt: skip
-    model = Model(device, arch, Options(CLASSES, stem="cifar"), IMAGE, batch, precision, 0.1, accumulate=accumulate)
+         arch: str = "resnet20", shortcut: str = "A", **options: object) -> Trainer:  # fmt: skip
+    variant = Options(CLASSES, stem="cifar", shortcut=shortcut)
+    model = Model(device, arch, variant, IMAGE, batch, precision, 0.1, accumulate=accumulate)
     trainer = Trainer(model, Solo(), replicas, **options)
     trainer.restore(initial_state(model.state, seed=1))
     return trainer
@@ -58,18 +59,18 @@ def worst(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
     return max(np.abs(left[name] - right[name]).max() / np.abs(right[name]).max() for name in right)
 
 
-@pytest.mark.parametrize("replicas", [2, 3, 4])
-def test_replicas_with_shared_statistics_are_one_large_batch(device, replicas):
+@pytest.mark.parametrize(("replicas", "shortcut"), [(2, "A"), (3, "A"), (4, "A"), (3, "C")])
+def test_replicas_with_shared_statistics_are_one_large_batch(device, replicas, shortcut):
+    """Also where they agree on the norm of a shortcut together with the one it is added to."""
     images, labels = samples(12)
-    whole, parts = make(device, 12, 1), make(device, 12 // replicas, replicas)
+    whole, parts = (make(device, 12 // n, n, shortcut=shortcut) for n in (1, replicas))
     expected, got = gradients(whole, images, labels), gradients(parts, images, labels)
     assert worst(got, expected) < 4 * np.sqrt(12 * 64) * 2**-24 * 19  # rounding of 19 layers in a row
     for trainer in (whole, parts):
         trainer.step(split(images, labels, trainer.model.batch, len(trainer.replicas.all)), 12, 0.1, HYPER)
-    for name in ("bn1", "layer2.1.bn2", "layer3.2.bn1"):
-        for part in ("running_mean", "running_var"):
-            a, b = (t.replicas.buffer(f"{name}.{part}") for t in (whole, parts))
-            assert np.allclose(a, b, rtol=1e-4, atol=1e-6)
+    for name in whole.model.state.buffers:
+        a, b = (t.replicas.buffer(name) for t in (whole, parts))
+        assert np.allclose(a, b, rtol=1e-4, atol=1e-6), name
 
 
 def test_local_statistics_are_those_of_each_replica_alone(device):
@@ -179,7 +180,7 @@ def test_exchanges_wait_for_the_last_replica_and_nothing_else(device, monkeypatc
     """The values of the others, which are launched before it in the same queue, are there then; what is launched after it runs
     meanwhile.
     """
-    trainer = make(device, 2, 3)
+    trainer = make(device, 2, 3, shortcut="B")
     latest, exchanged, waits = {}, [], []
     trainer.replicas.observe = lambda launch, event: latest.update(dict.fromkeys(launch.writes, event))
     monkeypatch.setattr(device, "finish", lambda: waits.append(True))
@@ -188,13 +189,13 @@ def test_exchanges_wait_for_the_last_replica_and_nothing_else(device, monkeypatc
     def checked(entry: Exchange, event: cl.Event) -> None:
         waits.clear()
         agree(entry, event)
-        exchanged.append(event == latest[entry.source] and not waits)
+        exchanged.append(event == latest[entry.sources[-1]] and not waits)
 
     monkeypatch.setattr(trainer, "_agree", checked)
     batches = split(*samples(6), 2, 3)
     trainer.forward_backward(batches, 6)
     device.queue.finish()
-    assert exchanged == [True] * 38  # statistics and sums of 19 norms
+    assert exchanged == [True] * 38  # statistics and sums of 19 norms, two of them together with that of a shortcut
 
 
 @pytest.mark.parametrize(("replicas", "group"), [(1, 0), (1, 1), (3, 1)])

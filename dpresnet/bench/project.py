@@ -79,8 +79,8 @@ def profile_of(comm: Comm, side: Ours, step_s: float) -> Profile:
                 written |= dict.fromkeys(entry.statistics, launches)
                 launches += 1
             case Exchange():
-                nbytes = 8 * (1 + entry.source.size)
-                entries.append({"kind": "exchange", "after": written[entry.source], "bytes": nbytes})
+                after = max(written[source] for source in entry.sources)
+                entries.append({"kind": "exchange", "after": after, "bytes": 8 * (1 + entry.size)})
             case Ready():
                 entries.append({"kind": "ready", "bytes": 4 * (buckets[entry.bucket].stop - buckets[entry.bucket].start)})
     return Profile(entries, step_s - float(samples[:, :launches].mean(axis=0).sum()), samples[:, :launches])
