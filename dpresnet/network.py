@@ -127,7 +127,7 @@ class Network:
 
     def _training_pass(self, batches: list[tuple], count: int) -> None:
         self.trainer.forward_backward([batches], count)
-        self.trainer.commit_running_statistics()
+        self.trainer.sync_bn.commit()
 
     def _images(self, images: np.ndarray) -> np.ndarray:
         images = np.asarray(images, np.float32)

@@ -20,16 +20,15 @@ from dpresnet.amp import LossScaler
 from dpresnet.buckets import allreduce, plan_buckets
 from dpresnet.comm import Comm
 from dpresnet.errors import GaveUp
-from dpresnet.exchange import TreeExchange, add, merge_moments
+from dpresnet.exchange import TreeExchange, add
 from dpresnet.model import Model, Recorded
-from dpresnet.ops.batchnorm import EPS
 from dpresnet.ops.sgd import HYPER
 from dpresnet.plan import Entry, Exchange, Tensor, aligned
 from dpresnet.replicas import Handler, Inspector, NonFinite, Replicas
 from dpresnet.shared import Commons
+from dpresnet.syncbn import SyncBN
 from dpresnet.trail import WHOLE_RANK, Trail
 
-RUNNING_MOMENTUM = 0.1  # of the running statistics
 NAP_S = 5e-5  # between looks at the device while buckets are under way
 
 
@@ -69,26 +68,20 @@ class Trainer:
                  first_bucket_mb: float = 1.0, bucket_mb: float = 25.0, reduce: str = "tree", wire: str = "fp32",
                  overlap: bool = True, check: bool = False, commons: Commons | None = None):  # fmt: skip
         self.model, self.comm, self.overlap, self.check = model, comm, overlap, check
-        group = group or replicas
         self.scaler = scaler or (LossScaler() if model.precision == "fp16" else LossScaler.disabled())
         self._exchange = TreeExchange(comm, replicas)
-        self._statistics = TreeExchange(comm, replicas, group)
-        self._apart = group < replicas  # running statistics are not what a replica normalises with
         sizes = [aligned(gradient.nbytes) for gradient in model.gradients]
         ranges = plan_buckets(sizes, first_bucket_mb, bucket_mb)
         model.set_buckets(ranges)
         self.buckets = [model.gradient_slice(bucket) for bucket in ranges]
         self._reduce = allreduce(comm, replicas, self.buckets, reduce, wire, commons)
         self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own), commons)
+        self.sync_bn = SyncBN(self.replicas, comm, replicas, group or replicas)
         self._held: list[tuple[int, cl.Event]] = []  # buckets that wait for the end of backward
         self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
         self._first_bad: NonFinite | None = None
-        self.alone = model.device.doubles and group == 1  # replicas normalise without the host
         self._added = False  # the gradient arena lacks earlier micro-batches
-        self._pending: list[dict[Exchange, np.ndarray]] = []  # merged statistics of each micro-batch of this step
-        self._moments: dict[Exchange, np.ndarray] = {}  # those of the present one
         self.trail: Trail | None = None  # set for a step that is to be recorded
-        self._local: dict[Exchange, list[np.ndarray]] = {}  # of groups: those of each replica
 
     @property
     def replicas_range(self) -> range:
@@ -128,7 +121,7 @@ class Trainer:
             self._replay(number, batches, count, seed, epoch, augment, lambda bucket, event: None)
             self.replicas.run_each(self.model.accumulate[min(number, 1)])
             self._count(self.model.train, batches)
-            self._close_statistics()
+            self.sync_bn.close()
         self._added = len(earlier) > 0
         self._replay(len(earlier), last, count, seed, epoch, augment, self._mark_ready)
         if self._held:
@@ -147,14 +140,15 @@ class Trainer:
     def _begin(self) -> None:
         """Forgets what the passes before have found."""
         self._tally = np.zeros((len(self.replicas.all), 2))
-        self._pending, self._moments, self._local, self._first_bad = [], {}, {}, None
+        self._first_bad = None
+        self.sync_bn.forget()
 
     def _replay(self, number: int, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool, ready: Handler,
                 check: bool = False) -> None:  # fmt: skip
         """Runs the training plan on micro-batch ``number``."""
         with trace.span("forward and backward", micro_batch=number):
             self._feed(self.model.train, batches, count, seed, epoch, augment)
-            exchange = self._go_on if self.alone else self._agree
+            exchange = self._go_on if self.sync_bn.alone else self._agree
             self.replicas.run(self.model.train, exchange, ready, self._inspector(number, check))
 
     def _inspector(self, number: int, check: bool) -> Inspector | None:
@@ -188,7 +182,7 @@ class Trainer:
 
     def _feed(self, recorded: Recorded, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool) -> None:
         control = {"seed": seed, "epoch": epoch, "augment": augment, "grad_scale": self.scaler.scale / count}
-        self._valid = [len(images) for images, *_ in batches]
+        self.sync_bn.begin([len(images) for images, *_ in batches])
         self.replicas.feed(recorded, list(batches), control)
 
     def _update(self, lr: float, hyper: Hyper) -> None:
@@ -197,7 +191,7 @@ class Trainer:
         values["nesterov"], values["grad_factor"] = hyper.nesterov, 1 / self.scaler.scale
         self.replicas.memory.write(self.model.hyper, values)
         self.replicas.run_shared(self.model.update)
-        self.commit_running_statistics()
+        self.sync_bn.commit()
         self._record("updated", [tensor for p in self.model.parameters for tensor in (p.value, p.momentum)])
         self._record("updated", [buffer.value for buffer in self.model.state.buffers.values()])
 
@@ -243,40 +237,16 @@ class Trainer:
         leaves = [arena.view(offset, (part.stop - part.start,), np.float32) for arena in arenas]
         self._reduce.start(bucket, leaves, leaves[0])
 
-    # Batch-norm exchanges
+    # Exchanges
 
     def _go_on(self, entry: Exchange, event: cl.Event) -> None:
         """Instead of `_agree`: the device has what it needs, and running statistics are read when they are committed."""
         self.replicas.device.queue.flush()
 
     def _agree(self, entry: Exchange, event: cl.Event) -> None:
-        """Waits for the entry's values, combines them over the replicas and writes the result for each."""
+        """Waits for the entry's values and combines them over the replicas."""
         self._wait_for(event)
-        self.comm.events.what = f"{entry.kind} of {entry.name}"
-        rows, combine = self._rows(entry), merge_moments if entry.kind == "statistics" else add
-        merged = self._statistics.combine_groups(rows, combine)
-        for replica, row in zip(self.replicas.all, merged, strict=True):
-            count, values = row[0], row[1:].reshape(2, -1)
-            result = moments(count, *values) if entry.kind == "statistics" else values / max(count, 1.0)
-            for target, layer in zip(entry.targets, entry.columns, strict=True):
-                replica.memory.write(target, result[:, layer])
-        if entry.kind == "statistics":
-            self._keep(entry, rows if self._apart else merged)
-
-    def _rows(self, entry: Exchange) -> list[np.ndarray]:
-        """[count, 2 C values] of each replica of this rank, C channels in all layers of the entry."""
-        rows = [np.empty(1 + entry.size) for _ in self.replicas.all]
-        for row, replica, valid in zip(rows, self.replicas.all, self._valid, strict=True):
-            row[0], values = valid * entry.pixels, row[1:].reshape(2, -1)
-            for source, layer in zip(entry.sources, entry.columns, strict=True):
-                values[:, layer] = replica.memory.fetch(source)
-        return rows
-
-    def _keep(self, entry: Exchange, rows: list[np.ndarray]) -> None:
-        """For the running statistics: [count, mean, M2] of each replica, or all the same where all replicas share them."""
-        self._moments[entry] = rows[0]
-        if self._apart:
-            self._local[entry] = rows
+        self.sync_bn.agree(entry)
 
     def _wait_for(self, event: cl.Event) -> None:
         """Returns when the event is complete; meanwhile buckets under way go on."""
@@ -294,54 +264,6 @@ class Trainer:
     def _reducing(self) -> bool:
         """Whether buckets are under way or about to be, on the way to other ranks."""
         return self.comm.size > 1 and bool(self._ready or self._reduce.running)
-
-    def _merge_local(self) -> None:
-        """Running statistics are those of the global batch also where groups normalise apart: one exchange for all layers."""
-        widths = [1 + entry.size for entry in self._local]
-        rows = [np.concatenate(parts) for parts in zip(*self._local.values(), strict=True)]
-        parts = [slice(end - width, end) for width, end in zip(widths, np.cumsum(widths), strict=True)]
-
-        def combine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-            return np.concatenate([merge_moments(left[part], right[part]) for part in parts])
-
-        self.comm.events.what = "running statistics"
-        merged = self._exchange.combine(rows, combine)
-        self._moments = {entry: merged[part] for entry, part in zip(self._local, parts, strict=True)}
-
-    def commit_running_statistics(self) -> None:
-        """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2), for each
-        micro-batch in order.
-
-        Nothing happens after a pass that overflowed. The device updates the parameters meanwhile.
-        """
-        self._close_statistics()
-        if not all(np.isfinite(row).all() for merged in self._pending for row in merged.values()):
-            return
-        for merged in self._pending:
-            for entry, row in merged.items():
-                values = row[1:].reshape(2, -1)
-                for name, layer in zip(entry.names, entry.columns, strict=True):
-                    self._follow(name, row[0], *values[:, layer])
-
-    def _close_statistics(self) -> None:
-        """Keeps the statistics of a micro-batch until the step is known to count."""
-        if self.alone:
-            for entry in self.model.train.plan:
-                if isinstance(entry, Exchange) and entry.kind == "statistics":
-                    self._keep(entry, self._rows(entry))
-        if self._local:
-            self._merge_local()
-        self._pending.append(self._moments)
-        self._moments, self._local = {}, {}
-
-    def _follow(self, name: str, count: float, mean: np.ndarray, m2: np.ndarray) -> None:
-        """Moves the running statistics of a layer towards those of a batch."""
-        for suffix, value in (("running_mean", mean), ("running_var", m2 / max(count - 1, 1))):
-            buffer = self.model.state.buffers[f"{name}.{suffix}"]
-            old = self.replicas.buffer(f"{name}.{suffix}")
-            full = self.replicas.memory.view(buffer.value)
-            full[: buffer.channels] = (1 - RUNNING_MOMENTUM) * old + RUNNING_MOMENTUM * value[: buffer.channels]
-            self.replicas.memory.write(buffer.value, full)
 
     # State
 
@@ -390,11 +312,3 @@ class Trainer:
             target = self.replicas.buffer(name) if group == "buffer" else self.replicas.parameter(name, parts[group])
             target[...] = value
         self.replicas.push_state()
-
-
-def moments(count: float, mean: np.ndarray, m2: np.ndarray) -> np.ndarray:
-    """[2, C] = mean and 1 / sqrt(variance + eps) of ``count`` values per channel; zeros for none."""
-    result = np.zeros((2, mean.size))
-    if count > 0:
-        result[0], result[1] = mean, 1 / np.sqrt(m2 / count + EPS)
-    return result

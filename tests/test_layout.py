@@ -29,6 +29,7 @@ LAYERS = [
     ["resnet"],
     ["model", "initial"],
     ["replicas"],
+    ["syncbn"],
     ["trainer"],
     ["network", "setup", "machine", "course", "tracing"],
     ["session"],

@@ -207,7 +207,7 @@ def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(dev
     plain = Device(choose_device())
     plain.doubles = False
     alone, asked = (make(d, 4, replicas, precision, group=group) for d in (device, plain))
-    assert alone.alone and not asked.alone
+    assert alone.sync_bn.alone and not asked.sync_bn.alone
     monkeypatch.setattr(alone, "_agree", None)
     for seed, count in enumerate((4 * replicas, 4 * replicas, 3)):
         for trainer in (alone, asked):
@@ -216,7 +216,7 @@ def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(dev
 
 
 def test_replicas_with_shared_statistics_are_not_alone(device):
-    assert not make(device, 4, 2).alone
+    assert not make(device, 4, 2).sync_bn.alone
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 7])

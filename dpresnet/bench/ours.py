@@ -143,7 +143,7 @@ class Ours:
     def _after_exchanges(self) -> set[int]:
         """Launches that wait for an exchange with the host."""
         waiting, found = False, set()
-        if self.trainer.alone:
+        if self.trainer.sync_bn.alone:
             return found
         for entry in self.model.evaluate.plan if self.work.infer else self.model.train.plan:
             if isinstance(entry, Launch) and waiting:

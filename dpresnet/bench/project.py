@@ -110,15 +110,15 @@ def machine_of(side: Ours, wire: str, link: tuple[float, float], link_cpu_s: flo
 def host_s(side: Ours) -> float:
     """Seconds by which an exchange of statistics lengthens a step when no message is sent."""
     exchanges = sum(isinstance(entry, Exchange) for entry in side.model.train.plan)
-    if not side.trainer.alone:  # then it is part of the step that was measured
+    if not side.trainer.sync_bn.alone:  # then it is part of the step that was measured
         return 0.0
     longer = []
     for _ in range(REPEATS):
         seconds = {}
-        for side.trainer.alone in (True, False):
-            seconds[side.trainer.alone] = min(side.run(2)["seconds"])
+        for side.trainer.sync_bn.alone in (True, False):
+            seconds[side.trainer.sync_bn.alone] = min(side.run(2)["seconds"])
         longer.append(seconds[False] - seconds[True])
-    side.trainer.alone = True
+    side.trainer.sync_bn.alone = True
     return max(0.0, statistics.median(longer)) / exchanges
 
 

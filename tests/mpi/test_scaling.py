@@ -203,7 +203,7 @@ def test_a_rank_has_images_of_its_own_and_counts_those_of_all(monkeypatch):
     numbers = [number for half in sides for *_, indices in half._batches for number in indices]
     assert sorted(numbers) == list(range(2 * ours.BATCHES * WORK.batch))
     assert not np.array_equal(sides[0]._batches[0][0], sides[1]._batches[0][0])
-    assert len(sides[0].trainer.buckets) > 3 and sides[0].trainer.alone == sides[0].device.doubles
+    assert len(sides[0].trainer.buckets) > 3 and sides[0].trainer.sync_bn.alone == sides[0].device.doubles
     counts = []
     outcome = SimpleNamespace(skipped=False)
     monkeypatch.setattr(sides[1].trainer, "step", lambda batches, count, *rest: counts.append(count) or outcome)

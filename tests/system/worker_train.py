@@ -88,7 +88,7 @@ def wrap_exchange(exchange_class, trainer_class) -> None:
 
     def _agree(self, entry, event):
         if self.faulty_step and not self.skipped:
-            self.skipped = self._statistics.skips_one = True
+            self.skipped = self.sync_bn._over_groups.skips_one = True
         if self.faulty_step and KIND == "sleep-in-backward" and entry.name == "layer1.1.bn1" and entry.kind == "sums":
             time.sleep(1e6)
         agree(self, entry, event)
