@@ -6,7 +6,7 @@ the result has the same bits for every number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -27,47 +27,77 @@ def merge_moments(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     count = left[0] + right[0]
     if count == 0:
         return left
-    (mean_a, m2_a), (mean_b, m2_b) = (np.split(row[1:], 2) for row in (left, right))
-    delta, share = mean_b - mean_a, right[0] / count
-    return np.concatenate([[count], mean_a + delta * share, m2_a + m2_b + delta**2 * (left[0] * share)])
+    end, share = 1 + left.size // 2, right[0] / count
+    delta = right[1:end] - left[1:end]
+    merged = left + right
+    merged[1:end] = left[1:end] + delta * share
+    merged[end:] += delta**2 * (left[0] * share)
+    return merged
+
+
+class Schedule:
+    """In which order the values of nodes are combined into those of ``roots``: found once, followed in every step.
+
+    ``known`` tells of each node with a value where that stands among ``count`` values.
+    """
+
+    def __init__(self, known: dict[Node, int], count: int, roots: Sequence[Node]):
+        self._steps: list[tuple[int, int]] = []
+
+        def combine(left: int, right: int) -> int:
+            self._steps.append((left, right))
+            return count + len(self._steps) - 1
+
+        self._roots = [tree.fold(*root, lambda lo, hi: known.get((lo, hi)), combine) for root in roots]
+
+    def follow(self, values: Iterable[np.ndarray], combine: Combine) -> list[np.ndarray]:
+        """The value of each root."""
+        values = list(values)
+        for left, right in self._steps:
+            values.append(combine(values[left], values[right]))
+        return [values[root] for root in self._roots]
 
 
 class TreeExchange:
     """Combines one row of float64 per replica over groups of ``group`` neighbouring replicas, by default over all ``replicas``,
     of which each rank owns an equal, contiguous range. A group may lie on several ranks, and a rank hold several groups.
+
+    ``own``: the replicas of this rank; ``members``: which of these, counted from 0, belong to each of their groups.
     """
 
     def __init__(self, comm: Comm, replicas: int, group: int = 0):
         local, group = replicas // comm.size, group or replicas
-        self._comm, self._group = comm, group
+        self._comm = comm
         self.own = range(comm.rank * local, (comm.rank + 1) * local)
-        self._nodes = [group_nodes(group, r * local, (r + 1) * local) for r in range(comm.size)]
-        self._shared = local % group > 0  # some group lies on several ranks
-        self._most = max(map(len, self._nodes))
+        starts = sorted({v - v % group for v in self.own})
+        self.members = [slice(max(0, start - self.own.start), start + group - self.own.start) for start in starts]
+        nodes = [group_nodes(group, r * local, (r + 1) * local) for r in range(comm.size)]
+        self._most = max(map(len, nodes))
+        known = {(v, v + 1): i for i, v in enumerate(self.own)}
+        self._before = None  # what this rank combines before it hands over; None: all its groups lie on it alone
+        if local % group:
+            self._before = Schedule(known, local, nodes[comm.rank])
+            known = {node: r * self._most + i for r, found in enumerate(nodes) for i, node in enumerate(found)}
+            local = comm.size * self._most
+        self._after = Schedule(known, local, [(start, start + group) for start in starts])
 
-    def combine(self, rows: list[np.ndarray], combine: Combine) -> np.ndarray:
-        """The root of the tree over the rows [n] of all replicas, the only group; ``rows`` are those of this rank."""
+    def combine(self, rows: np.ndarray, combine: Combine) -> np.ndarray:
+        """The root of the tree over the ``rows`` [n] of all replicas, the only group; given are those of this rank."""
         return self.combine_groups(rows, combine)[0]
 
-    def combine_groups(self, rows: list[np.ndarray], combine: Combine) -> list[np.ndarray]:
-        """For each replica of this rank the root of the tree over its group."""
-        known = {(v, v + 1): row for v, row in zip(self.own, rows, strict=True)}
-        if self._shared:
-            mine = self._nodes[self._comm.rank]
-            known = self._gathered([self._fold(node, known, combine) for node in mine])
-        first = [v - v % self._group for v in self.own]
-        roots = {start: self._fold((start, start + self._group), known, combine) for start in set(first)}
-        return [roots[start] for start in first]
+    def combine_groups(self, rows: np.ndarray, combine: Combine) -> list[np.ndarray]:
+        """The root of the tree over each of the groups of ``members``; from ``rows`` [replicas of this rank, n], which may be
+        what is returned where a replica is a group.
+        """
+        if self._before:
+            rows = self._gathered(self._before.follow(rows, combine))
+        return self._after.follow(rows, combine)
 
-    def _fold(self, node: Node, known: dict[Node, np.ndarray], combine: Combine) -> np.ndarray:
-        return tree.fold(*node, lambda lo, hi: known.get((lo, hi)), combine)
-
-    def _gathered(self, values: list[np.ndarray]) -> dict[Node, np.ndarray]:
-        """The nodes that all ranks hand over, in one message each."""
+    def _gathered(self, values: list[np.ndarray]) -> np.ndarray:
+        """The values that all ranks hand over, in one message each."""
         message = np.zeros((self._most, values[0].size))
         message[: len(values)] = values
-        gathered = self._comm.allgather(message)
-        return {node: gathered[r, i] for r, nodes in enumerate(self._nodes) for i, node in enumerate(nodes)}
+        return self._comm.allgather(message).reshape(-1, values[0].size)
 
 
 def group_nodes(group: int, lo: int, hi: int) -> list[Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,6 +16,44 @@ from dpresnet.replicas import Replicas
 RUNNING_MOMENTUM = 0.1  # of the running statistics
 
 
+class Rows:
+    """What an exchange takes from the replicas of this rank and what it brings them.
+
+    ``values`` [replicas, 1 + 2 C]: count, and two numbers for each of the C channels in all layers of the exchange. Its views
+    are made once: between two kernels, which leave nothing else in the caches, every call from Python is slow.
+    """
+
+    def __init__(self, entry: Exchange, replicas: Replicas):
+        self.what = f"{entry.kind} of {entry.name}"
+        self.values = np.empty((len(replicas.all), 1 + entry.size))
+        self._pixels, self._distant = entry.pixels, not replicas.device.host_memory
+        self._taken, self._brought = [], []
+        for replica, row in zip(replicas.all, self.values, strict=True):
+            memory, channels = replica.memory, row[1:].reshape(2, -1)
+            self._taken += [(memory, source, memory.view(source), channels[:, layer])
+                            for source, layer in zip(entry.sources, entry.columns, strict=True)]  # fmt: skip
+            self._brought.append([(memory, target, memory.view(target), layer)
+                                  for target, layer in zip(entry.targets, entry.columns, strict=True)])  # fmt: skip
+
+    def take(self, valid: Sequence[int]) -> np.ndarray:
+        """``values`` of ``valid`` images of each replica."""
+        self.values[:, 0] = valid
+        self.values[:, 0] *= self._pixels
+        for memory, source, view, values in self._taken:
+            if self._distant:
+                memory.read(source)
+            values[...] = view
+        return self.values
+
+    def bring(self, members: slice, result: np.ndarray) -> None:
+        """Writes the result [2, C] for each of some replicas."""
+        for targets in self._brought[members]:
+            for memory, target, view, layer in targets:
+                view[...] = result[:, layer]
+                if self._distant:
+                    memory.push(target)
+
+
 class SyncBN:
     """The statistics of ``replicas``, of which there are ``total`` over the ranks of ``comm``; ``group`` neighbouring ones
     normalise with common statistics.
@@ -25,70 +64,52 @@ class SyncBN:
         self._over_all, self._over_groups = TreeExchange(comm, total), TreeExchange(comm, total, group)
         self._apart = group < total  # running statistics are not what a replica normalises with
         self.alone = replicas.device.doubles and group == 1  # replicas normalise without the host
-        self._valid: list[int] = []
+        plan = replicas.model.train.plan
+        self._rows = {entry: Rows(entry, replicas) for entry in plan if isinstance(entry, Exchange)}
+        self._valid = np.zeros(len(replicas.all))
         self.forget()
 
     def forget(self) -> None:
         """Before the first micro-batch of a step."""
-        self._pending: list[dict[Exchange, np.ndarray]] = []  # merged statistics of each micro-batch of this step
-        self._moments: dict[Exchange, np.ndarray] = {}  # those of the present one
-        self._local: dict[Exchange, list[np.ndarray]] = {}  # of groups: those of each replica
+        self._merged: dict[Exchange, np.ndarray] = {}  # statistics of the present micro-batch, of all replicas
+        self._pending: list[dict[Exchange, np.ndarray]] = []  # those of each that is over
 
     def begin(self, valid: Sequence[int]) -> None:
         """Before a micro-batch of ``valid`` images of each replica of this rank."""
-        self._valid = list(valid)
+        self._valid[:] = valid
 
     def agree(self, entry: Exchange) -> None:
         """Combines the entry's values, which are there, over the replicas and writes the result for each."""
-        self.comm.events.what = f"{entry.kind} of {entry.name}"
-        rows, combine = self._rows(entry), merge_moments if entry.kind == "statistics" else add
-        merged = self._over_groups.combine_groups(rows, combine)
-        for replica, row in zip(self.replicas.all, merged, strict=True):
-            count, values = row[0], row[1:].reshape(2, -1)
-            result = moments(count, *values) if entry.kind == "statistics" else values / max(count, 1.0)
-            for target, layer in zip(entry.targets, entry.columns, strict=True):
-                replica.memory.write(target, result[:, layer])
-        if entry.kind == "statistics":
-            self._keep(entry, rows if self._apart else merged)
-
-    def _rows(self, entry: Exchange) -> list[np.ndarray]:
-        """[count, 2 C values] of each replica of this rank, C channels in all layers of the entry."""
-        rows = [np.empty(1 + entry.size) for _ in self.replicas.all]
-        for row, replica, valid in zip(rows, self.replicas.all, self._valid, strict=True):
-            row[0], values = valid * entry.pixels, row[1:].reshape(2, -1)
-            for source, layer in zip(entry.sources, entry.columns, strict=True):
-                values[:, layer] = replica.memory.fetch(source)
-        return rows
-
-    def _keep(self, entry: Exchange, rows: list[np.ndarray]) -> None:
-        """For the running statistics: [count, mean, M2] of each replica, or all the same where all replicas share them."""
-        self._moments[entry] = rows[0]
-        if self._apart:
-            self._local[entry] = rows
+        rows, statistics = self._rows[entry], entry.kind == "statistics"
+        self.comm.events.what = rows.what
+        roots = self._over_groups.combine_groups(rows.take(self._valid), merge_moments if statistics else add)
+        for root, members in zip(roots, self._over_groups.members, strict=True):
+            rows.bring(members, moments(root) if statistics else means(root))
+        if statistics and not self._apart:
+            self._merged[entry] = roots[0].copy()
 
     def close(self) -> None:
         """After a micro-batch: keeps its statistics until the step is known to count."""
-        if self.alone:
-            for entry in self.replicas.model.train.plan:
-                if isinstance(entry, Exchange) and entry.kind == "statistics":
-                    self._keep(entry, self._rows(entry))
-        if self._local:
-            self._merge_local()
-        self._pending.append(self._moments)
-        self._moments, self._local = {}, {}
+        if self._apart or self.alone:
+            self._merge_all()
+        self._pending.append(self._merged)
+        self._merged = {}
 
-    def _merge_local(self) -> None:
-        """Running statistics are those of the global batch also where groups normalise apart: one exchange for all layers."""
-        widths = [1 + entry.size for entry in self._local]
-        rows = [np.concatenate(parts) for parts in zip(*self._local.values(), strict=True)]
-        parts = [slice(end - width, end) for width, end in zip(widths, np.cumsum(widths), strict=True)]
+    def _merge_all(self) -> None:
+        """Running statistics are those of the global batch also where replicas normalise apart: one exchange for all layers,
+        of what the device still holds.
+        """
+        entries = [entry for entry in self._rows if entry.kind == "statistics"]
+        rows = np.concatenate([self._rows[entry].take(self._valid) for entry in entries], axis=1)
+        ends = np.cumsum([1 + entry.size for entry in entries]).tolist()
+        parts = [slice(begin, end) for begin, end in pairwise([0, *ends])]
 
         def combine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
             return np.concatenate([merge_moments(left[part], right[part]) for part in parts])
 
         self.comm.events.what = "running statistics"
         merged = self._over_all.combine(rows, combine)
-        self._moments = {entry: merged[part] for entry, part in zip(self._local, parts, strict=True)}
+        self._merged = {entry: merged[part] for entry, part in zip(entries, parts, strict=True)}
 
     def commit(self) -> None:
         """running = 0.9 running + 0.1 batch, with the unbiased variance (Ioffe and Szegedy 2015, algorithm 2), for each
@@ -115,9 +136,18 @@ class SyncBN:
             self.replicas.memory.write(buffer.value, full)
 
 
-def moments(count: float, mean: np.ndarray, m2: np.ndarray) -> np.ndarray:
-    """[2, C] = mean and 1 / sqrt(variance + eps) of ``count`` values per channel; zeros for none."""
-    result = np.zeros((2, mean.size))
-    if count > 0:
-        result[0], result[1] = mean, 1 / np.sqrt(m2 / count + EPS)
+def moments(row: np.ndarray) -> np.ndarray:
+    """[2, C] = mean and 1 / sqrt(variance + eps) from a row [count, mean, M2]; zeros for none."""
+    result = row[1:].reshape(2, -1).copy()
+    if row[0] > 0:
+        variance = result[1]
+        variance /= row[0]
+        variance += EPS
+        np.sqrt(variance, out=variance)
+        np.divide(1, variance, out=variance)
     return result
+
+
+def means(row: np.ndarray) -> np.ndarray:
+    """[2, C] from a row [count, sums]; zeros for none."""
+    return row[1:].reshape(2, -1) / max(row[0], 1.0)

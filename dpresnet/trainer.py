@@ -209,7 +209,7 @@ class Trainer:
     def _sums(self, stop: int = 0) -> tuple[float, int, int]:
         """Loss, correct answers and wishes to stop, summed over all replicas."""
         self.comm.events.what = "losses"
-        loss, correct, wishes = self._exchange.combine([np.array([*row, stop]) for row in self._tally], add)
+        loss, correct, wishes = self._exchange.combine(np.array([[*row, stop] for row in self._tally]), add)
         return float(loss), int(correct), int(wishes)
 
     # Buckets

@@ -83,7 +83,7 @@ def wrap_exchange(exchange_class, trainer_class) -> None:
     def combine_groups(self, rows, combine):
         if KIND == "skip" and self.skips_one:
             self.skips_one = False
-            return rows
+            return list(rows[: len(self.members)])
         return original(self, rows, combine)
 
     def _agree(self, entry, event):
