@@ -10,6 +10,7 @@ others can look into it while it lives.
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ EVENT = np.dtype([  # times are seconds since 1970; ``ended`` is 0 while the ran
     ("channel", "S12"), ("number", "<u8"), ("began", "<f8"), ("ended", "<f8"), ("nbytes", "<u8"), ("step", "<u4"),
     ("what", "S92"),
 ])  # fmt: skip
+LAYOUT, ENDED = struct.Struct("<12sQddQI92s"), struct.Struct("<d")  # the same, written in a fraction of the time
 HEADER_BYTES = 512  # JSON: rank, size, host
 FORMAT = 1
 
@@ -55,9 +57,14 @@ class Ring:
     """The events of this rank. ``step`` and ``what`` say what it is doing, and are noted with each event."""
 
     def __init__(self) -> None:
-        self.events = np.zeros(SLOTS, EVENT)
+        self._write_to(np.zeros(SLOTS, EVENT))
         self.step, self.what = 0, ""
-        self._next, self._numbers = 0, {}
+        self._numbers: dict[str, int] = {}
+        self._notes: list[Note | None] = [None] * SLOTS
+        self._next = 0
+
+    def _write_to(self, events: np.ndarray) -> None:
+        self.events, self._bytes = events, memoryview(events.view(np.uint8))
 
     def keep(self, folder: Path, rank: int, size: int, host: str) -> None:
         """From now on in a file of ``folder``, with what has been noted so far."""
@@ -67,23 +74,24 @@ class Ring:
         path.write_bytes(header.ljust(HEADER_BYTES))
         kept = np.memmap(path, EVENT, "r+", HEADER_BYTES, (SLOTS,))
         kept[:] = self.events
-        self.events = kept
+        self._write_to(kept)
 
     def begin(self, channel: str, nbytes: int, what: str = "") -> Note:
         """Notes that an operation has been started; returns what `end` takes."""
         number = self._numbers[channel] = self._numbers.get(channel, 0) + 1
         slot, self._next = self._next, (self._next + 1) % SLOTS
-        self.events[slot] = (channel, number, trace.clock(), 0.0, nbytes, self.step, what or self.what)
-        return channel, number, slot
+        note = self._notes[slot] = channel, number, slot
+        texts = channel.encode(), (what or self.what).encode()
+        LAYOUT.pack_into(self._bytes, slot * LAYOUT.size, texts[0], number, trace.clock(), 0.0, nbytes, self.step, texts[1])
+        return note
 
     def end(self, note: Note) -> None:
         """Notes that it is done."""
-        channel, number, slot = note
-        event = self.events[slot]
-        if event["number"] == number and event["channel"] == channel.encode():  # not overwritten by later ones
-            event["ended"] = trace.clock()
+        slot = note[2]
+        if self._notes[slot] is note:  # not overwritten by later ones
+            ENDED.pack_into(self._bytes, slot * LAYOUT.size + EVENT.fields["ended"][1], trace.clock())
             if trace.recording():
-                Event.of(event).trace()
+                Event.of(self.events[slot]).trace()
 
     def waiting(self) -> list[Event]:
         """The operations that have not ended, the oldest first."""

@@ -75,6 +75,7 @@ class TreeExchange:
         self._most = max(map(len, nodes))
         known = {(v, v + 1): i for i, v in enumerate(self.own)}
         self._before = None  # what this rank combines before it hands over; None: all its groups lie on it alone
+        self._whole = len(nodes[comm.rank]) == self._most == local  # nothing then, it hands over all rows
         if local % group:
             self._before = Schedule(known, local, nodes[comm.rank])
             known = {node: r * self._most + i for r, found in enumerate(nodes) for i, node in enumerate(found)}
@@ -90,14 +91,15 @@ class TreeExchange:
         what is returned where a replica is a group.
         """
         if self._before:
-            rows = self._gathered(self._before.follow(rows, combine))
+            message = rows if self._whole else self._message(self._before.follow(rows, combine))
+            rows = self._comm.allgather(message).reshape(-1, rows.shape[1])
         return self._after.follow(rows, combine)
 
-    def _gathered(self, values: list[np.ndarray]) -> np.ndarray:
-        """The values that all ranks hand over, in one message each."""
+    def _message(self, values: list[np.ndarray]) -> np.ndarray:
+        """What this rank hands over, as long as the messages of the others."""
         message = np.zeros((self._most, values[0].size))
         message[: len(values)] = values
-        return self._comm.allgather(message).reshape(-1, values[0].size)
+        return message
 
 
 def group_nodes(group: int, lo: int, hi: int) -> list[Node]:

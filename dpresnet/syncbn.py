@@ -35,10 +35,12 @@ class Rows:
             self._brought.append([(memory, target, memory.view(target), layer)
                                   for target, layer in zip(entry.targets, entry.columns, strict=True)])  # fmt: skip
 
-    def take(self, valid: Sequence[int]) -> np.ndarray:
-        """``values`` of ``valid`` images of each replica."""
-        self.values[:, 0] = valid
-        self.values[:, 0] *= self._pixels
+    def begin(self, valid: np.ndarray) -> None:
+        """Before a micro-batch of ``valid`` images of each replica."""
+        self.values[:, 0] = valid * self._pixels
+
+    def take(self) -> np.ndarray:
+        """``values`` as the kernels have left them."""
         for memory, source, view, values in self._taken:
             if self._distant:
                 memory.read(source)
@@ -66,7 +68,6 @@ class SyncBN:
         self.alone = replicas.device.doubles and group == 1  # replicas normalise without the host
         plan = replicas.model.train.plan
         self._rows = {entry: Rows(entry, replicas) for entry in plan if isinstance(entry, Exchange)}
-        self._valid = np.zeros(len(replicas.all))
         self.forget()
 
     def forget(self) -> None:
@@ -76,13 +77,14 @@ class SyncBN:
 
     def begin(self, valid: Sequence[int]) -> None:
         """Before a micro-batch of ``valid`` images of each replica of this rank."""
-        self._valid[:] = valid
+        for rows in self._rows.values():
+            rows.begin(np.array(valid))
 
     def agree(self, entry: Exchange) -> None:
         """Combines the entry's values, which are there, over the replicas and writes the result for each."""
         rows, statistics = self._rows[entry], entry.kind == "statistics"
         self.comm.events.what = rows.what
-        roots = self._over_groups.combine_groups(rows.take(self._valid), merge_moments if statistics else add)
+        roots = self._over_groups.combine_groups(rows.take(), merge_moments if statistics else add)
         for root, members in zip(roots, self._over_groups.members, strict=True):
             rows.bring(members, moments(root) if statistics else means(root))
         if statistics and not self._apart:
@@ -100,7 +102,7 @@ class SyncBN:
         of what the device still holds.
         """
         entries = [entry for entry in self._rows if entry.kind == "statistics"]
-        rows = np.concatenate([self._rows[entry].take(self._valid) for entry in entries], axis=1)
+        rows = np.concatenate([self._rows[entry].take() for entry in entries], axis=1)
         ends = np.cumsum([1 + entry.size for entry in entries]).tolist()
         parts = [slice(begin, end) for begin, end in pairwise([0, *ends])]
 
