@@ -127,6 +127,8 @@ def test_a_launcher_that_ends_before_anyone_connects_is_no_silence(tmp_path, mon
 
 
 def test_a_failure_elsewhere_ends_those_that_compute():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background may have it ignored
+
     def interrupt():
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
