@@ -1,4 +1,4 @@
-"""The configuration of a run: one frozen dataclass, from which the command line is generated.
+"""The configuration of a run: one frozen dataclass, from which `dpresnet.commandline` is generated.
 
 Every field of `Config` is a flag (``save_every_steps`` is ``--save-every-steps``) and carries its own help, group and
 limits, so there is no second list to keep in step. ``replicas``, ``num_classes`` and ``threads`` are 0 and ``shortcut``
@@ -6,16 +6,13 @@ is "auto" until the program knows the data set and the ranks; it then makes the 
 `dataclasses.replace`, validates that once more, and works with nothing else.
 """
 
-import argparse
 import difflib
-import functools
 import hashlib
-import itertools
 import json
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,100 +117,14 @@ class Config:
     dry_run: bool = _flag(False, "device", "print the plan and its memory, then stop")
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
-def parse(argv: Sequence[str]) -> Config:
-    """The validated configuration of a command line (without the program's name).
-
-    ``--help`` prints and exits with 0; anything that cannot be used raises `Refused` with one line.
-    """
-    given, unknown = _parser().parse_known_args(list(argv))
-    if unknown:
-        _refuse_unknown(unknown[0])
-    cfg = Config(**vars(given))
-    cfg = replace(cfg, **{name: value for name, value in _derived(cfg).items() if name not in given})
-    for name in ("image", "channels"):
-        if name in given and cfg.dataset != "synthetic":
-            _refuse(cfg, name, f"is for --dataset synthetic; {cfg.dataset!r} brings its own: leave the flag out")
-    validate(cfg)
-    return cfg
-
-
-def _derived(cfg: Config) -> dict[str, Any]:
-    """Defaults that follow from other flags; those of `Config` are these for the default run."""
-    return {
-        "warmup_epochs": min(Config.warmup_epochs, cfg.epochs / 2),
-        "out": f"runs/{Path(cfg.dataset).stem}-{cfg.arch}",
-    }
-
-
 def flag_name(name: str) -> str:
     """The flag of a field: "save_every_steps" -> "--save-every-steps"."""
     return "--" + name.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Ours is one line and exit code 78, where argparse prints the usage and exits with 2."""
-        raise Refused(f"{message.removeprefix('argument ')} (--help explains every flag)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        usage="python -m dpresnet.train [flags]     mpirun -n 4 python -m dpresnet.train [flags]",
-        description="Train a residual network data-parallel on OpenCL devices, with MPI between the ranks.",
-        epilog="Exit codes: 0 done, 75 stopped on request (--resume auto goes on), 78 configuration or data refused, "
-        "70 numerical give-up, 1 a bug.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
-        argument_default=argparse.SUPPRESS,  # so that what was given can be told from what was not
-        allow_abbrev=False,
-    )
-    for title, specs in itertools.groupby(fields(Config), key=lambda spec: spec.metadata["group"]):
-        group = parser.add_argument_group(title)
-        for spec in specs:
-            group.add_argument(flag_name(spec.name), help=_help(spec), **_argument(spec))
-    return parser
-
-
-def _argument(spec: Field) -> dict[str, Any]:
-    """How argparse reads one field: a switch, a number or a word."""
-    if spec.type is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    metavar = spec.metadata.get("metavar", {int: "N", float: "X", str: "NAME"}[spec.type])
-    return {"type": functools.partial(_convert, spec.type), "metavar": metavar}
-
-
-def _convert(kind: type, text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {_EXPECTED[kind]}") from None
-
-
-def _help(spec: Field) -> str:
-    choices = spec.metadata.get("choices")
-    listed = f" [{', '.join(choices)}]" if choices else ""
-    default = {"True": "on", "False": "off"}.get(str(spec.default), spec.default)
-    return f"{spec.metadata['help']}{listed} (default: {spec.metadata.get('shown', default)})"
-
-
-def _refuse_unknown(token: str) -> NoReturn:
-    if not token.startswith("-"):
-        raise Refused(f"unexpected argument {token!r}: every setting is a flag (--help lists them)")
-    name = token.split("=")[0]
-    known = [flag_name(spec.name) for spec in fields(Config)]
-    known += [flag_name("no_" + spec.name) for spec in fields(Config) if spec.type is bool]
-    raise Refused(f"unknown flag {name!r}{_nearest(name, known)} (--help lists all flags)")
-
-
-def _nearest(word: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 # -------------------------------------------------------------------------------------------------- validation
 
-_EXPECTED = {int: "a whole number", float: "a finite number", str: "text", bool: "True or False"}
+EXPECTED = {int: "a whole number", float: "a finite number", str: "text", bool: "True or False"}
 _BOUNDS = {
     "least": (operator.ge, "at least"),
     "most": (operator.le, "at most"),
@@ -233,23 +144,23 @@ def validate(cfg: Config) -> None:
     _check_model(cfg)
     _check_statistics(cfg)
     if cfg.reduce == "mpi" and cfg.wire != "fp32":
-        _refuse(cfg, "wire", "needs --reduce tree: the MPI library adds fp32 numbers only")
+        refuse(cfg, "wire", "needs --reduce tree: the MPI library adds fp32 numbers only")
     if cfg.warmup_epochs > cfg.epochs:
-        _refuse(cfg, "warmup_epochs", f"is longer than the run of --epochs {cfg.epochs}: shorten it or raise --epochs")
+        refuse(cfg, "warmup_epochs", f"is longer than the run of --epochs {cfg.epochs}: shorten it or raise --epochs")
 
 
 def _check(cfg: Config, spec: Field) -> None:
     value, limits = getattr(cfg, spec.name), spec.metadata
     if not _is_a(value, spec.type):
-        _refuse(cfg, spec.name, f"is not {_EXPECTED[spec.type]}")
+        refuse(cfg, spec.name, f"is not {EXPECTED[spec.type]}")
     if value == "" and spec.default != "":
-        _refuse(cfg, spec.name, f"is empty: give a value or leave the flag out (default: {spec.default})")
+        refuse(cfg, spec.name, f"is empty: give a value or leave the flag out (default: {spec.default})")
     choices = limits.get("choices")
     if choices and value not in choices:
-        _refuse(cfg, spec.name, f"is none of {', '.join(choices)}{_nearest(value, choices)}")
+        refuse(cfg, spec.name, f"is none of {', '.join(choices)}{nearest(value, choices)}")
     for bound, (holds, words) in _BOUNDS.items():
         if bound in limits and not holds(value, limits[bound]):
-            _refuse(cfg, spec.name, f"is out of range: it must be {words} {limits[bound]}")
+            refuse(cfg, spec.name, f"is out of range: it must be {words} {limits[bound]}")
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -261,31 +172,38 @@ def _is_a(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _refuse(cfg: Config, name: str, reason: str) -> NoReturn:
+def refuse(cfg: Config, name: str, reason: str) -> NoReturn:
+    """Raises Refused, naming the flag and its value."""
     raise Refused(f"{flag_name(name)} {getattr(cfg, name)!r} {reason}")
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """"; did you mean ...?" where a known word is near."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _check_dataset(cfg: Config) -> None:
     is_file = Path(cfg.dataset).suffix in (".h5", ".hdf5")
     if cfg.dataset not in BUILT_IN_DATASETS and not is_file:
-        _refuse(cfg, "dataset", f"is none of digits, synthetic, FILE.h5{_nearest(cfg.dataset, BUILT_IN_DATASETS)}")
+        refuse(cfg, "dataset", f"is none of digits, synthetic, FILE.h5{nearest(cfg.dataset, BUILT_IN_DATASETS)}")
     if cfg.num_classes == 1:
-        _refuse(cfg, "num_classes", "leaves nothing to learn: give at least 2, or 0 to take them from the data set")
+        refuse(cfg, "num_classes", "leaves nothing to learn: give at least 2, or 0 to take them from the data set")
 
 
 def _check_model(cfg: Config) -> None:
     plain = cfg.arch in PLAIN_ARCHS
     if plain and cfg.shortcut in ("B", "C"):
-        _refuse(cfg, "shortcut", f"has no meaning for {cfg.arch}, which has no shortcuts: use auto")
+        refuse(cfg, "shortcut", f"has no meaning for {cfg.arch}, which has no shortcuts: use auto")
     if plain and cfg.zero_init_residual:
-        _refuse(cfg, "zero_init_residual", f"would zero the only path through {cfg.arch}: use a residual network")
+        refuse(cfg, "zero_init_residual", f"would zero the only path through {cfg.arch}: use a residual network")
 
 
 def _check_statistics(cfg: Config) -> None:
     """The variance of a single value is 0, so every normalised activation would be a constant."""
     sharing = statistics_group(cfg.bn, cfg.replicas)
     if cfg.dataset == "synthetic" and cfg.batch * sharing * _smallest_map(cfg) ** 2 == 1:
-        _refuse(cfg, "image", "leaves batch norm one value per channel in the last layers: raise --image or --batch")
+        refuse(cfg, "image", "leaves batch norm one value per channel in the last layers: raise --image or --batch")
 
 
 def _smallest_map(cfg: Config) -> int:
@@ -301,7 +219,7 @@ def statistics_group(bn: str, replicas: int) -> int:
     if bn in ("sync", "local"):
         return replicas if bn == "sync" else 1
     if word != "group" or not size.isdecimal() or int(size) < 1:
-        near = _nearest(word, ("sync", "local", "group:K"))
+        near = nearest(word, ("sync", "local", "group:K"))
         raise Refused(f"--bn {bn!r} is none of sync, local, group:K with K replicas{near}")
     if replicas % int(size):
         raise Refused(f"--bn {bn!r} does not divide {replicas} replicas: use a divisor")

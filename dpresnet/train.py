@@ -10,7 +10,8 @@ import sys
 
 from dpresnet import environment, failure
 from dpresnet.comm import Comm, connect
-from dpresnet.config import Config, parse
+from dpresnet.commandline import parse
+from dpresnet.config import Config
 
 
 def run(cfg: Config, comm: Comm, stop: failure.StopFlag) -> None:

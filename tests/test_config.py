@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 from dpresnet import config
-from dpresnet.config import Config, check_resume, digest, from_json, parse, to_json, validate
+from dpresnet.commandline import parse
+from dpresnet.config import Config, check_resume, digest, from_json, to_json, validate
 from dpresnet.errors import Refused
 
 RESOLVED = Config(replicas=4, num_classes=10, shortcut="A")

@@ -32,10 +32,9 @@ class Kind(NamedTuple):
 
 
 def kinds(bn: str) -> list[Kind]:
-    """The first is what the others are compared with."""
-    found = [Kind("as trained", bn), Kind("no overlap", bn, overlap=False), Kind("traced", bn, traced=True)]
-    if bn != "local":
-        found.append(Kind("local BN", "local"))
+    """The first is what the others are compared with, and those next to it differ least from it."""
+    found = [Kind("as trained", bn)] + ([Kind("local BN", "local")] if bn != "local" else [])
+    found += [Kind("traced", bn, traced=True), Kind("no overlap", bn, overlap=False)]
     for wire in WIRES:
         if wire != "fp32":
             found += [Kind(wire, bn, wire), Kind(f"{wire}, no overlap", bn, wire, overlap=False)]

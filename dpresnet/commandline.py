@@ -1,0 +1,91 @@
+"""The command line of training: a flag for every field of `dpresnet.config.Config`."""
+
+import argparse
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import Field, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dpresnet.config import EXPECTED, Config, flag_name, nearest, refuse, validate
+from dpresnet.errors import Refused
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The validated configuration of a command line (without the program's name).
+
+    ``--help`` prints and exits with 0; anything that cannot be used raises `Refused` with one line.
+    """
+    given, unknown = _parser().parse_known_args(list(argv))
+    if unknown:
+        _refuse_unknown(unknown[0])
+    cfg = Config(**vars(given))
+    cfg = replace(cfg, **{name: value for name, value in _derived(cfg).items() if name not in given})
+    for name in ("image", "channels"):
+        if name in given and cfg.dataset != "synthetic":
+            refuse(cfg, name, f"is for --dataset synthetic; {cfg.dataset!r} brings its own: leave the flag out")
+    validate(cfg)
+    return cfg
+
+
+def _derived(cfg: Config) -> dict[str, Any]:
+    """Defaults that follow from other flags; those of `Config` are these for the default run."""
+    return {
+        "warmup_epochs": min(Config.warmup_epochs, cfg.epochs / 2),
+        "out": f"runs/{Path(cfg.dataset).stem}-{cfg.arch}",
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Ours is one line and exit code 78, where argparse prints the usage and exits with 2."""
+        raise Refused(f"{message.removeprefix('argument ')} (--help explains every flag)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="python -m dpresnet.train [flags]     mpirun -n 4 python -m dpresnet.train [flags]",
+        description="Train a residual network data-parallel on OpenCL devices, with MPI between the ranks.",
+        epilog="Exit codes: 0 done, 75 stopped on request (--resume auto goes on), 78 configuration or data refused, "
+        "70 numerical give-up, 1 a bug.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+        argument_default=argparse.SUPPRESS,  # so that what was given can be told from what was not
+        allow_abbrev=False,
+    )
+    for title, specs in itertools.groupby(fields(Config), key=lambda spec: spec.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for spec in specs:
+            group.add_argument(flag_name(spec.name), help=_help(spec), **_argument(spec))
+    return parser
+
+
+def _argument(spec: Field) -> dict[str, Any]:
+    """How argparse reads one field: a switch, a number or a word."""
+    if spec.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    metavar = spec.metadata.get("metavar", {int: "N", float: "X", str: "NAME"}[spec.type])
+    return {"type": functools.partial(_convert, spec.type), "metavar": metavar}
+
+
+def _convert(kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {EXPECTED[kind]}") from None
+
+
+def _help(spec: Field) -> str:
+    choices = spec.metadata.get("choices")
+    listed = f" [{', '.join(choices)}]" if choices else ""
+    default = {"True": "on", "False": "off"}.get(str(spec.default), spec.default)
+    return f"{spec.metadata['help']}{listed} (default: {spec.metadata.get('shown', default)})"
+
+
+def _refuse_unknown(token: str) -> NoReturn:
+    if not token.startswith("-"):
+        raise Refused(f"unexpected argument {token!r}: every setting is a flag (--help lists them)")
+    name = token.split("=")[0]
+    known = [flag_name(spec.name) for spec in fields(Config)]
+    known += [flag_name("no_" + spec.name) for spec in fields(Config) if spec.type is bool]
+    raise Refused(f"unknown flag {name!r}{nearest(name, known)} (--help lists all flags)")
