@@ -292,24 +292,24 @@ class World:
         if not self.timeout or seconds < self.timeout or not (waiting := self.events.waiting()):
             return
         faulthandler.dump_traceback(file=2, all_threads=True)
-        event, absent = self._absent(waiting)
-        who = f"not there: {'; '.join(absent)}" if absent else "who is missing cannot be seen"
+        event, who = self._missing(waiting)
         self.events.end(self.events.begin(GAVE_UP, 0))  # so that the ring tells until when this rank has waited
         raise Late(f"waited {seconds:.0f} s for {event}; {who}; the limit is {self.timeout:.0f} s, see --timeout")
 
-    def _absent(self, waiting: list[Event]) -> tuple[Event, list[str]]:
+    def _missing(self, waiting: list[Event]) -> tuple[Event, str]:
         """The last operation under way that some ranks have not started, and where those stand, as their rings say."""
         faulthandler.dump_traceback_later(LOOK_LIMIT_S, exit=True, file=2)
-        try:
+        ranks = []
+        with suppress(OSError):
             ranks = read(self._folder) if self._folder else []
-        except OSError:
-            ranks = []
         faulthandler.cancel_dump_traceback_later()
-        silent = sorted(set(range(self.size)) - {rank.rank for rank in ranks}) if ranks else []
         for event in reversed(waiting):
             if absent := missing(ranks, event):
-                return event, [describe(rank, time.time()) for rank in absent]
-        return waiting[-1], [f"rank {rank} has noted nothing" for rank in silent]
+                return event, f"not there: {'; '.join(describe(rank, time.time()) for rank in absent)}"
+        if not ranks:
+            return waiting[-1], "who is missing cannot be seen"
+        silent = sorted(set(range(self.size)) - {rank.rank for rank in ranks})
+        return waiting[-1], f"not there: rank {', '.join(map(str, silent))}" if silent else "all are there: look at the network"
 
     def allgather(self, a: np.ndarray) -> np.ndarray:
         """``a`` (same shape and dtype on all ranks) of every rank, as [size, *a.shape]."""

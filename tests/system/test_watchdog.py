@@ -56,6 +56,14 @@ def test_rank_that_skips_an_exchange_is_named_afterwards(tmp_path):
     assert "it skipped an exchange, or made one too many" in text
 
 
+def test_a_network_that_delivers_nothing_is_suspected(tmp_path):
+    done = train(3, tmp_path, fault="kind=cut,step=4", base=BASE)
+    assert done.returncode != 0 and done.seconds < 60
+    event = r"statistics of bn1 of step 4 \(exchange \d+, \d+ bytes\)"
+    assert re.search(rf"Late: waited \d+ s for {event}; all are there: look at the network", done.stderr)
+    assert "every rank has come to statistics of bn1 of step 4" in explained(tmp_path)
+
+
 def test_slow_rank_is_named_in_the_metrics_and_in_a_warning(tmp_path):
     """It sleeps in every step; two ranks then wait for it."""
     base = ("--replicas", "3", "--batch", "8", "--steps", "5", "--check-every", "2")

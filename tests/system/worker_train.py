@@ -97,6 +97,18 @@ def wrap_exchange(exchange_class, trainer_class) -> None:
     exchange_class.combine_groups, trainer_class._agree = combine_groups, _agree
 
 
+def wrap_requests(request_class, trainer_class) -> None:
+    """From a step on no message arrives, on any rank."""
+    original, test = trainer_class.step, request_class.test
+
+    def step(self, *args, **kwargs):
+        request_class.cut = request_class.cut or self.comm.events.step == STEP
+        return original(self, *args, **kwargs)
+
+    request_class.cut = False
+    trainer_class.step, request_class.test = step, lambda self: not self.cut and test(self)
+
+
 def wrap_node_barrier(comm) -> None:
     """Writes down what the kernel cache holds when the first rank of the node lets the others build."""
     original = comm.node_barrier
@@ -126,6 +138,7 @@ def run(cfg, comm, stop, original=train.run):
     from dpresnet import environment
 
     environment.prepare(cfg.threads, comm.local_rank, comm.local_size)
+    from dpresnet.comm import Request
     from dpresnet.data import Loader
     from dpresnet.exchange import TreeExchange
     from dpresnet.trainer import Trainer
@@ -134,6 +147,8 @@ def run(cfg, comm, stop, original=train.run):
     wrap_buckets(Trainer)
     wrap_loader(Loader)
     wrap_exchange(TreeExchange, Trainer)
+    if KIND == "cut":
+        wrap_requests(Request, Trainer)
     if KIND == "list-cache":
         wrap_node_barrier(comm)
     if KIND == "clock" and comm.rank == int(FAULT["rank"]):
