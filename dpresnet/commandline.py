@@ -8,6 +8,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dpresnet import recipe
 from dpresnet.config import EXPECTED, Config, flag_name, nearest, refuse, validate
 from dpresnet.errors import Refused
 
@@ -17,10 +18,13 @@ def parse(argv: Sequence[str]) -> Config:
 
     ``--help`` prints and exits with 0; anything that cannot be used raises `Refused` with one line.
     """
-    given, unknown = _parser().parse_known_args(list(argv))
+    flags, unknown = _parser().parse_known_args(list(argv))
     if unknown:
         _refuse_unknown(unknown[0])
-    cfg = Config(**vars(given))
+    given = vars(flags)
+    if given.get("recipe"):
+        given = recipe.load(given["recipe"]) | given
+    cfg = Config(**given)
     cfg = replace(cfg, **{name: value for name, value in _derived(cfg).items() if name not in given})
     for name in ("image", "channels"):
         if name in given and cfg.dataset != "synthetic":
@@ -47,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         usage="python -m dpresnet.train [flags]     mpirun -n 4 python -m dpresnet.train [flags]",
         description="Train a residual network data-parallel on OpenCL devices, with MPI between the ranks.",
-        epilog="Exit codes: 0 done, 75 stopped on request (--resume auto goes on), 78 configuration or data refused, "
+        epilog=f"Recipes: {', '.join(recipe.names())}. "
+        "Exit codes: 0 done, 75 stopped on request (--resume auto goes on), 78 configuration or data refused, "
         "70 numerical give-up, 1 a bug.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
         argument_default=argparse.SUPPRESS,  # so that what was given can be told from what was not

@@ -26,6 +26,7 @@ PLAIN_ARCHS = ("plain20", "plain32", "plain44", "plain56")
 BUILT_IN_DATASETS = ("digits", "synthetic")
 
 RESUMABLE = frozenset({
+    "recipe",  # what it says is in the other fields
     "steps",  # stops the run early; the schedule spans --epochs whatever it is
     "check_every", "timeout",
     "bucket_mb", "first_bucket_mb", "overlap",  # sums are taken element by element, wherever buckets end and whenever they go
@@ -60,6 +61,7 @@ class Config:
     image: int = _flag(32, "data", "height and width in pixels, for synthetic only", least=1)
     channels: int = _flag(3, "data", "colour channels, for synthetic only", least=1)
 
+    recipe: str = _flag("", "run", "settings to start from; the flags beside it win", metavar="NAME|FILE.toml", shown="none")
     batch: int = _flag(32, "run", "samples per replica and step", least=1)
     replicas: int = _flag(0, "run", "replicas in all, a multiple of the ranks: they fix the arithmetic, the ranks "
                           "only the speed; 0: one per rank", least=0)
@@ -151,7 +153,7 @@ def validate(cfg: Config) -> None:
 
 def _check(cfg: Config, spec: Field) -> None:
     value, limits = getattr(cfg, spec.name), spec.metadata
-    if not _is_a(value, spec.type):
+    if not is_a(value, spec.type):
         refuse(cfg, spec.name, f"is not {EXPECTED[spec.type]}")
     if value == "" and spec.default != "":
         refuse(cfg, spec.name, f"is empty: give a value or leave the flag out (default: {spec.default})")
@@ -163,8 +165,11 @@ def _check(cfg: Config, spec: Field) -> None:
             refuse(cfg, spec.name, f"is out of range: it must be {words} {limits[bound]}")
 
 
-def _is_a(value: Any, kind: type) -> bool:
-    """Whole numbers count as floats, as JSON writes them; True and False are no numbers; nan and inf are neither."""
+def is_a(value: Any, kind: type) -> bool:
+    """Whether a field of this type can hold the value.
+
+    Whole numbers count as floats, as JSON writes them; True and False are no numbers; nan and inf are neither.
+    """
     if bool in (kind, type(value)):
         return kind is type(value)
     if kind is float:

@@ -56,7 +56,8 @@ def test_the_wheel_holds_every_file_of_the_source(wheel):
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert packed == expected
-    assert {"dpresnet/kernels/conv.cl", "dpresnet/datasets/digits.h5", "dpresnet/launch/local.sh"} <= packed
+    assert {"dpresnet/kernels/conv.cl", "dpresnet/datasets/digits.h5", "dpresnet/launch/local.sh",
+            "dpresnet/recipes/digits-resnet20.toml"} <= packed
 
 
 def test_nothing_but_dpresnet_lands_at_the_top(installed):
