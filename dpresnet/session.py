@@ -23,7 +23,7 @@ from dpresnet.device import Device, candidates
 from dpresnet.errors import GaveUp, Refused, Stopped
 from dpresnet.failure import StopFlag
 from dpresnet.replicas import share_gradients
-from dpresnet.report import Reporter
+from dpresnet.reporter import Reporter
 from dpresnet.setup import (
     build_model,
     build_trainer,

@@ -23,7 +23,7 @@ from dpresnet import environment, trail
 from dpresnet.checkpoint import Checkpoint, load
 from dpresnet.config import Config, from_json
 from dpresnet.errors import DifferentBits, Refused, exit_code
-from dpresnet.report import plain
+from dpresnet.reporter import plain
 
 OF_STEPS = ("epoch", "samples", "loss", "lr", "loss_scale", "skipped")  # what a line of metrics says of a step
 OF_EPOCHS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")

@@ -20,7 +20,7 @@ LAYERS = [
     ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
     ["launcher", "shared"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
-    ["plan", "amp", "recipe", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
+    ["plan", "amp", "recipe", "schedule", "checkpoint", "data", "reporter", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags", "bench.channel"],
     ["bench.projection", "commandline"],
     ["convolution"],
@@ -42,7 +42,7 @@ ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
                "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
-WITHOUT_BOTH = ["config", "commandline", "recipe", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail"]
+WITHOUT_BOTH = ["config", "commandline", "recipe", "amp", "schedule", "checkpoint", "data", "reporter", "environment", "trail"]
 WITHOUT_BOTH += ["events", "explain", "datasets.*", "trace", "timeline", "shared"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "channel", "child", "step", "memory", "picture",
                                             "projection", "scaling", "theirs")]  # fmt: skip

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpresnet import report
+from dpresnet import reporter as module
 from dpresnet.config import Config, from_json
 from dpresnet.errors import Refused
-from dpresnet.report import RESULT_KEYS, Reporter, write_json
+from dpresnet.reporter import RESULT_KEYS, Reporter, write_json
 
 CFG = Config(replicas=4, num_classes=10, shortcut="A", epochs=3)
 STEP_KEYS = {"step", "epoch", "samples", "loss", "lr", "loss_scale", "skipped", "images_per_s"}
@@ -122,7 +122,7 @@ def test_json_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         assert json.loads((tmp_path / "x.json").read_text()) == {"value": 1}
         raise OSError("power cut")
 
-    monkeypatch.setattr(report.os, "fsync", power_cut)
+    monkeypatch.setattr(module.os, "fsync", power_cut)
     with pytest.raises(OSError, match="power cut"):
         write_json(tmp_path / "x.json", {"value": 2})
     assert json.loads((tmp_path / "x.json").read_text()) == {"value": 1}
@@ -230,7 +230,7 @@ RUN = """
 import sys, time
 from pathlib import Path
 from dpresnet.config import Config
-from dpresnet.report import Reporter
+from dpresnet.reporter import Reporter
 with Reporter(Path(sys.argv[1]), Config(replicas=4, epochs=3), ranks=4) as reporter:
     reporter.started(12)
     for step in range(1, 13):
