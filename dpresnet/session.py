@@ -270,13 +270,7 @@ class Session:
             "config": to_json(self.cfg),
             "fingerprint": self.dataset.fingerprint,
             "ranks": self.comm.size,
-            "versions": {
-                "dpresnet": __version__,
-                "python": sys.version.split()[0],
-                "numpy": np.__version__,
-                "device": self.device.name,
-                "mpi": self.comm.mpi_library,
-            },
+            "versions": self._versions(),
         }
         try:
             with trace.span("checkpoint"):
@@ -286,6 +280,15 @@ class Session:
         except ValueError as error:
             raise GaveUp(f"{error}: the run has diverged; resume from the last checkpoint with a lower --lr") from None
         return ""
+
+    def _versions(self) -> dict[str, str]:
+        return {
+            "dpresnet": __version__,
+            "python": sys.version.split()[0],
+            "numpy": np.__version__,
+            "device": self.device.name,
+            "mpi": self.comm.mpi_library,
+        }
 
     def _finish(self, test: Outcome) -> None:
         self.comm.events.what = "the result"
@@ -306,5 +309,6 @@ class Session:
             "peak_rss_mb": max(peaks),
             "device": self.device.name,
             "params_sha256": self.trainer.digest(),
+            "versions": self._versions(),
         }
         self.reporter.finished(result)

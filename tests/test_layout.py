@@ -36,14 +36,14 @@ LAYERS = [
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
     ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.exchanges", "bench.project", "bench.worker"],
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
-    ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
+    ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline", "report"],
 ]
 ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
                "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "commandline", "recipe", "amp", "schedule", "checkpoint", "data", "reporter", "environment", "trail"]
-WITHOUT_BOTH += ["events", "explain", "datasets.*", "trace", "timeline", "shared"]
+WITHOUT_BOTH += ["events", "explain", "datasets.*", "trace", "timeline", "report", "shared"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "channel", "child", "step", "memory", "picture",
                                             "projection", "scaling", "theirs")]  # fmt: skip
 

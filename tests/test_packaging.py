@@ -57,7 +57,7 @@ def test_the_wheel_holds_every_file_of_the_source(wheel):
     }
     assert packed == expected
     assert {"dpresnet/kernels/conv.cl", "dpresnet/datasets/digits.h5", "dpresnet/launch/local.sh",
-            "dpresnet/recipes/digits-resnet20.toml"} <= packed
+            "dpresnet/recipes/digits-resnet20.toml", "dpresnet/templates/report.html"} <= packed
 
 
 def test_nothing_but_dpresnet_lands_at_the_top(installed):
