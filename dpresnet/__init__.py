@@ -3,6 +3,7 @@
     mpirun -n 4 python -m dpresnet.train     a run (``--help`` lists the flags)
     python -m dpresnet.doctor                what this machine has, and what is wrong with it
     dpresnet.Network("resnet50", ...)        the same networks from Python, one process, without MPI
+    dpresnet.Classifier("best.h5")           a trained one, for images
 
 Importing the package loads neither OpenCL nor MPI: both read settings from the environment at that moment, and
 `dpresnet.environment.prepare` has to come first.
@@ -20,14 +21,13 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels" / "__init
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Network":
+    if name in ("Network", "Classifier"):
+        import importlib
         import sys
 
         from dpresnet import environment
 
         if "pyopencl" not in sys.modules:
             environment.prepare(threads=0, local_rank=0, local_size=1)
-        from dpresnet.network import Network
-
-        return Network
+        return getattr(importlib.import_module(f"dpresnet.{name.lower()}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

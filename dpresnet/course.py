@@ -67,9 +67,7 @@ class Course:
             self.trainer.restore(self.trainer.comm.bcast(initial_state(self.trainer.model.state, self.cfg.seed)))
             self.progress = Progress()
             return
-        expected = {name: array.shape for name, array in self.trainer.arrays().items()}
-        if expected != {name: array.shape for name, array in saved.arrays.items()}:
-            raise Refused(f"checkpoint {saved.path}: its arrays are not those of {self.cfg.arch} with these options")
+        check_arrays(self.trainer, saved, self.cfg.arch)
         self.trainer.restore(saved.arrays)
         self.trainer.scaler = LossScaler.from_dict(saved.meta["scaler"])
         self.progress = Progress(**saved.meta["progress"])
@@ -112,3 +110,10 @@ class Course:
             total = Outcome(total.count + batch.count, total.loss + part.loss, total.correct + part.correct,
                             culprit=total.culprit or part.culprit)  # fmt: skip
         return total
+
+
+def check_arrays(trainer: Trainer, saved: Checkpoint, arch: str) -> None:
+    """Refuses a checkpoint of another network."""
+    expected = {name: array.shape for name, array in trainer.arrays().items()}
+    if expected != {name: array.shape for name, array in saved.arrays.items()}:
+        raise Refused(f"checkpoint {saved.path}: its arrays are not those of {arch} with these options")

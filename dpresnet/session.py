@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dpresnet import __version__, checkpoint, trace, trail
+from dpresnet.classifier import Samples
 from dpresnet.comm import Comm
 from dpresnet.config import Config, check_resume, digest, from_json, to_json
 from dpresnet.course import Course
@@ -269,6 +270,7 @@ class Session:
             "scaler": self.trainer.scaler.to_dict(),
             "config": to_json(self.cfg),
             "fingerprint": self.dataset.fingerprint,
+            "data": Samples.of(self.dataset).to_json(),
             "ranks": self.comm.size,
             "versions": self._versions(),
         }

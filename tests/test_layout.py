@@ -32,6 +32,7 @@ LAYERS = [
     ["syncbn"],
     ["trainer"],
     ["network", "setup", "machine", "course", "tracing"],
+    ["classifier"],
     ["session"],
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
     ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.exchanges", "bench.project", "bench.worker"],
