@@ -25,7 +25,7 @@ def newest(run):
 
 @pytest.mark.parametrize(("batch", "tolerance"), [(0, 1e-6), (7, 1e-3)])
 def test_accuracy_and_loss_are_those_of_the_run(run, batch, tolerance):
-    """A last batch that is short counts what it has. Fewer images at a time may be convolved, and so rounded, in another way."""
+    """A short last batch counts what it has. Fewer images at a time may be convolved, and so rounded, in another way."""
     classifier, test = dpresnet.Classifier(newest(run), batch), load("digits").test
     result = json.loads((run / "result.json").read_text())
     parts = list(classifier.batches(test))
