@@ -30,7 +30,7 @@ RESUMABLE = frozenset({
     "steps",  # stops the run early; the schedule spans --epochs whatever it is
     "check_every", "timeout",
     "bucket_mb", "first_bucket_mb", "overlap",  # sums are taken element by element, wherever buckets end and whenever they go
-    "out", "resume", "save_every_epochs", "save_every_steps", "keep", "record_every", "trace", "trace_steps",
+    "out", "resume", "save_every_epochs", "save_every_steps", "keep", "record_every", "tensorboard", "trace", "trace_steps",
     "device", "threads", "bind", "debug", "dry_run",
 })
 """The fields that a resumed run may change, because they do not enter the mathematics. ``epochs`` joins them where the
@@ -107,6 +107,7 @@ class Config:
     record_every: int = _flag(0, "output", "steps between those whose every tensor leaves a digest in OUT/trail, for "
                               "python -m dpresnet.verify; 0: none", least=0)
 
+    tensorboard: bool = _flag(False, "output", "the lines of metrics.jsonl also as event files in OUT/tensorboard")
     trace: str = _flag("", "output", "what all ranks do in the first steps of this run, for ui.perfetto.dev (.gz: compressed)",
                        metavar="FILE", shown="none")
     trace_steps: int = _flag(20, "output", "how many steps the trace covers; 0: all", least=0)

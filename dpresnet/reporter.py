@@ -11,6 +11,7 @@ follows its last step's, and comes before the checkpoint of that step; then resu
 """
 
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -54,6 +55,7 @@ class Reporter:
         self._out, self._cfg, self._ranks = Path(out), cfg, ranks
         self._stderr, self._clock = stderr or sys.stderr, clock
         self._metrics: TextIO | None = None
+        self._curves: Any = None  # a writer of TensorBoard's event files
         self._display: _Bar | _Lines | None = None
         self._position = {"step": 0, "epoch": 0, "samples": 0}
 
@@ -68,6 +70,7 @@ class Reporter:
         except OSError as error:
             raise Refused(f"--out {str(self._out)!r} cannot be written ({error.strerror}): choose another") from error
         self._position |= {"step": step, "samples": samples}
+        self._curves = _event_writer(self._out, step) if self._cfg.tensorboard else None
         self._display = self._open_display(total_steps, step)
         self.note(self._headline(total_steps, step))
 
@@ -120,10 +123,12 @@ class Reporter:
         """Close files and display; harmless when repeated."""
         if self._metrics:
             self._metrics.close()
+        if self._curves:
+            self._curves.close()
         if self._display:
             with suppress(OSError):
                 self._display.close()
-        self._metrics = self._display = None
+        self._metrics = self._curves = self._display = None
 
     def __enter__(self) -> "Reporter":
         return self
@@ -147,6 +152,9 @@ class Reporter:
     def _append(self, values: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(plain(self._position | values), allow_nan=False) + "\n")
         self._metrics.flush()
+        for name, value in plain(values).items() if self._curves else ():
+            if value is not None:
+                self._curves.add_scalar(name, value, self._position["step"])
 
     def _epoch_name(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self._cfg.epochs}"
@@ -169,6 +177,19 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def check_tensorboard() -> None:
+    """Refuses when event files cannot be written."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise Refused("--tensorboard: tensorboardX is not installed here: pip install 'dpresnet[tensorboard]', or leave it out")
+
+
+def _event_writer(out: Path, step: int) -> Any:
+    """TensorBoard forgets what an earlier run wrote beyond ``step``, and all of it where a run begins anew."""
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}")
 
 
 def cut_metrics(path: Path, samples: int) -> None:

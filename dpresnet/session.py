@@ -24,7 +24,7 @@ from dpresnet.device import Device, candidates
 from dpresnet.errors import GaveUp, Refused, Stopped
 from dpresnet.failure import StopFlag
 from dpresnet.replicas import share_gradients
-from dpresnet.reporter import Reporter
+from dpresnet.reporter import Reporter, check_tensorboard
 from dpresnet.setup import (
     build_model,
     build_trainer,
@@ -106,6 +106,8 @@ class Session:
         checkpoint.check_writable(self.folder)
         if cfg.trace:
             check_path(Path(cfg.trace))
+        if cfg.tensorboard:
+            check_tensorboard()
         self._lock = claim(self.folder.parent)
         for ring in self.events.glob("*.ring"):
             ring.unlink()

@@ -22,11 +22,11 @@ OTHER = {
     "reduce": "mpi", "wire": "bf16", "bucket_mb": 4.5, "first_bucket_mb": 0.25, "overlap": False,
     "check_every": 7, "timeout": 12.5, "out": "some/where", "resume": "auto",
     "save_every_epochs": 0,
-    "save_every_steps": 100, "keep": 1, "record_every": 5, "trace": "some/trace.json", "trace_steps": 3,
+    "save_every_steps": 100, "keep": 1, "record_every": 5, "tensorboard": True, "trace": "some/trace.json", "trace_steps": 3,
     "device": "pocl", "threads": 2, "bind": False, "debug": True, "dry_run": True,
 }
 MAY_CHANGE = {
-    "recipe",
+    "recipe", "tensorboard",
     "steps", "bucket_mb", "first_bucket_mb", "overlap", "check_every", "timeout", "out", "resume", "save_every_epochs",
     "save_every_steps", "keep", "record_every", "trace", "trace_steps", "device", "threads", "bind", "debug", "dry_run",
 }

@@ -7,14 +7,17 @@ import os
 import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
 import termios
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from dpresnet import reporter as module
 from dpresnet.config import Config, from_json
@@ -317,3 +320,42 @@ def test_a_pipe_shows_no_bar_and_needs_no_tqdm(tmp_path):
     done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "False\n")
     assert_plain(done.stderr)
+
+
+def events(folder):
+    """(step, name, value) of all scalars, and the steps from which each file replaces what was there before."""
+    scalars, begins = [], []
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # TFRecord: length, its checksum, the record, its checksum
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            at += 16 + length
+            scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                begins.append(event.step)
+    return scalars, begins
+
+
+def test_event_files_hold_what_the_metrics_hold(tmp_path):
+    for begin, end in ((0, 6), (4, 13)):
+        with Reporter(tmp_path, replace(CFG, tensorboard=True), stderr=io.StringIO()) as made:
+            made.started(12, step=begin, samples=128 * begin)
+            train(made, range(begin + 1, end), samples=128 * begin)
+    scalars, begins = events(tmp_path / "tensorboard")
+    assert begins == [1, 5], "what the first run did after the checkpoint is replaced"
+    valid = {(step, name): value for step, name, value in scalars}  # the later ones win
+    expected = {(line["step"], name): value for line in lines(tmp_path) for name, value in line.items()
+                if name not in ("step", "epoch", "samples")}  # fmt: skip
+    assert valid == {key: pytest.approx(value, rel=1e-6) for key, value in expected.items()}
+
+
+def test_no_event_files_unless_asked_for(tmp_path):
+    whole_run(tmp_path)
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_event_files_without_their_library_are_refused(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match=r"pip install 'dpresnet\[tensorboard\]'"):
+        module.check_tensorboard()
