@@ -9,7 +9,7 @@ import numpy as np
 from dpresnet.device import Device
 from dpresnet.errors import Refused
 from dpresnet.nn import Recorder
-from dpresnet.ops import augment, cast, sgd
+from dpresnet.ops import augment, cast, optimizer
 from dpresnet.plan import Plan, Tensor, aligned, insert_ready, place_by_liveness, place_in_order
 from dpresnet.resnet import Options, resnet
 from dpresnet.state import FLOAT, Parameter, State
@@ -67,7 +67,7 @@ class Model:
         self.train, self.evaluate = self._record(train=True), self._record(train=False)
         self.gradients = [p.grad for p in reversed(self.parameters)]  # about the order in which backward finishes them
         self.bytes = self._place()
-        self.hyper = Tensor("hyper", (1,), sgd.HYPER, "update", place=(0, 0))
+        self.hyper = Tensor("hyper", (1,), optimizer.HYPER, "update", place=(0, 0))
         self.update = self._record_update()
         self.bytes["accumulated"] = self.bytes["gradient"] if accumulate else []
         self.accumulate = [self._record_accumulation(fresh) for fresh in (True, False)] if accumulate else []
@@ -125,11 +125,11 @@ class Model:
         plan = Plan(self.device, self.precision)
         elements = self.bytes["gradient"][0] // 4
         whole = {home: self._part(home, slice(0, elements)) for home in ("parameter", "gradient", "momentum")}
-        sgd.update(plan, "update", whole["parameter"], whole["gradient"], whole["momentum"], self.hyper)
+        optimizer.sgd(plan, "update", whole["parameter"], whole["gradient"], whole["momentum"], self.hyper)
         self.check = Plan(self.device, self.precision)
-        items = sgd.check_items(plan, elements)
+        items = optimizer.check_items(plan, elements)
         self.found = Tensor("found", (items,), np.dtype(np.int32), "update", place=(0, aligned(self.hyper.nbytes)))
-        sgd.check(self.check, "check", whole["gradient"], self.found)
+        optimizer.check(self.check, "check", whole["gradient"], self.found)
         self.bytes["update"] = [aligned(self.hyper.nbytes) + aligned(self.found.nbytes)]
         return plan
 
@@ -137,13 +137,13 @@ class Model:
         """Adds the gradients of a micro-batch to those before, of which there are none if it is ``fresh``."""
         plan = Plan(self.device, self.precision)
         whole = slice(0, self.bytes["gradient"][0] // 4)
-        sgd.accumulate(plan, "accumulate", self._part("gradient", whole), self._part("accumulated", whole), fresh)
+        optimizer.accumulate(plan, "accumulate", self._part("gradient", whole), self._part("accumulated", whole), fresh)
         return plan
 
     def _record_completion(self, part: slice) -> Plan:
         """Adds the micro-batches before to the last one's gradients of a bucket."""
         plan = Plan(self.device, self.precision)
-        sgd.complete(plan, "complete", self._part("gradient", part), self._part("accumulated", part))
+        optimizer.complete(plan, "complete", self._part("gradient", part), self._part("accumulated", part))
         return plan
 
     def _part(self, home: str, part: slice) -> Tensor:

@@ -316,7 +316,7 @@ def loss_correct(logits: ArrayLike, labels: ArrayLike, valid: int | None = None)
     return correct
 
 
-def sgd_update(
+def optimizer_sgd(
     param: ArrayLike,
     grad: ArrayLike,
     momentum_buffer: ArrayLike,

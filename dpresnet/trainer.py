@@ -22,7 +22,7 @@ from dpresnet.comm import Comm
 from dpresnet.errors import GaveUp
 from dpresnet.exchange import TreeExchange, add
 from dpresnet.model import Model, Recorded
-from dpresnet.ops.sgd import HYPER
+from dpresnet.ops.optimizer import HYPER
 from dpresnet.plan import Entry, Exchange, Tensor, aligned
 from dpresnet.replicas import Handler, Inspector, NonFinite, Replicas
 from dpresnet.shared import Commons

@@ -274,9 +274,9 @@ BY_HAND = [(False, (0.94, 0.6), (0.8966, 0.434)), (True, (0.886, 0.6), (0.858566
 
 @pytest.mark.parametrize(("nesterov", "first", "second"), BY_HAND)
 def test_sgd_by_hand(nesterov, first, second):
-    state = ref.sgd_update(1.0, 0.5, 0.0, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
+    state = ref.optimizer_sgd(1.0, 0.5, 0.0, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
     assert close(state, first)
-    assert close(ref.sgd_update(state[0], -0.2, state[1], 0.1, 0.9, 0.1, nesterov), second)
+    assert close(ref.optimizer_sgd(state[0], -0.2, state[1], 0.1, 0.9, 0.1, nesterov), second)
 
 
 def mix_by_definition(x: int) -> int:

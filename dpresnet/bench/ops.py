@@ -19,7 +19,7 @@ from dpresnet.bench.workload import Facts, Workload
 PROBES = 24  # of multiply-adds, per round
 LARGE, SMALL = 6.0, 0.5  # bytes of a stream's arrays in last-level caches: through memory, within the cache
 CONVOLUTIONS = ("conv", "winograd")  # stems, but not their packing of weights
-UPDATED_IN_PLACE = ("sgd_update",)  # kernels that read what they write
+UPDATED_IN_PLACE = ("optimizer_sgd",)  # kernels that read what they write
 
 
 @dataclass

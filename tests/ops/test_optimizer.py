@@ -5,7 +5,7 @@ import pytest
 from harness import Bench, assert_close, each_mode, struct_in, tolerance
 
 from dpresnet import reference
-from dpresnet.ops import sgd as ops
+from dpresnet.ops import optimizer as ops
 from dpresnet.plan import CONTROL
 
 SIZES = [16, 16 * 35, 16 * 129]  # less than one work-item, a remainder, several full ones
@@ -27,8 +27,8 @@ def test_steps_in_place(mode, elements, nesterov, weight_decay):
     tensors = bench.array(param), bench.array(1024 * grad), bench.array(buffer)
     settings = bench.array(hyper(0.125, 0.75, weight_decay, nesterov, 1 / 1024), ops.HYPER)
     for _ in range(STEPS):
-        ops.update(bench.plan, "sgd", *tensors, settings)
-        param, buffer = reference.sgd_update(param, grad, buffer, 0.125, 0.75, weight_decay, nesterov)
+        ops.sgd(bench.plan, "sgd", *tensors, settings)
+        param, buffer = reference.optimizer_sgd(param, grad, buffer, 0.125, 0.75, weight_decay, nesterov)
     bench.run()
     for tensor, expected in ((tensors[0], param), (tensors[2], buffer)):
         assert_close(bench.read(tensor), expected, tolerance(tensor.dtype, 6 * STEPS))
@@ -82,5 +82,5 @@ def check(mode, elements: int, special: dict[int, float]) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "dtype"), [("Hyper", ops.HYPER), ("Control", CONTROL)])
 def test_host_and_kernels_agree_on_structs(name, dtype):
-    struct = struct_in("sgd", name)
+    struct = struct_in("optimizer", name)
     assert struct.descr == dtype.descr and struct.itemsize == dtype.itemsize
