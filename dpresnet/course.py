@@ -18,9 +18,10 @@ from dpresnet.config import Config, global_batch
 from dpresnet.data import Batch, Dataset, Loader, in_steps, order, steps_per_epoch
 from dpresnet.errors import Refused
 from dpresnet.initial import initial_state
+from dpresnet.optimizer import Hyper
 from dpresnet.schedule import last_step, lr_at, planned_steps
 from dpresnet.trail import Trail
-from dpresnet.trainer import Hyper, Outcome, Trainer
+from dpresnet.trainer import Outcome, Trainer
 
 
 @dataclass

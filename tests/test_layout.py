@@ -25,11 +25,11 @@ LAYERS = [
     ["bench.projection"],
     ["convolution"],
     ["ops.*", "datasets.*", "state"],
-    ["nn"],
+    ["nn", "update"],
     ["resnet"],
     ["model", "initial"],
     ["replicas"],
-    ["syncbn"],
+    ["syncbn", "optimizer"],
     ["trainer"],
     ["network", "setup", "machine", "course", "tracing"],
     ["session"],
@@ -39,8 +39,8 @@ LAYERS = [
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
 ]
 ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
-WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
-               "tuning"]  # fmt: skip
+WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "update", "resnet", "model", "initial",
+               "replicas", "optimizer", "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "commandline", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events"]
 WITHOUT_BOTH += ["explain", "datasets.*", "trace", "timeline", "shared"]

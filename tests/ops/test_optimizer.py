@@ -12,8 +12,12 @@ SIZES = [16, 16 * 35, 16 * 129]  # less than one work-item, a remainder, several
 STEPS = 3
 
 
-def hyper(lr: float, momentum: float, weight_decay: float, nesterov: bool, grad_factor: float) -> np.ndarray:
-    return np.array([(lr, momentum, weight_decay, nesterov, grad_factor)], ops.HYPER)
+def hyper(**fields: float) -> np.ndarray:
+    """Those not given are 0."""
+    values = np.zeros(1, ops.HYPER)
+    for name, value in fields.items():
+        values[name] = value
+    return values
 
 
 @each_mode
@@ -25,7 +29,8 @@ def test_steps_in_place(mode, elements, nesterov, weight_decay):
     bench = Bench(mode)
     param, grad, buffer = (bench.draw(elements) for _ in range(3))
     tensors = bench.array(param), bench.array(1024 * grad), bench.array(buffer)
-    settings = bench.array(hyper(0.125, 0.75, weight_decay, nesterov, 1 / 1024), ops.HYPER)
+    constants = hyper(lr=0.125, momentum=0.75, weight_decay=weight_decay, nesterov=nesterov, grad_factor=1 / 1024)
+    settings = bench.array(constants, ops.HYPER)
     for _ in range(STEPS):
         ops.sgd(bench.plan, "sgd", *tensors, settings)
         param, buffer = reference.optimizer_sgd(param, grad, buffer, 0.125, 0.75, weight_decay, nesterov)
