@@ -176,6 +176,12 @@ class Trainer:
         culprit = self._culprit() if self._first_bad else ""
         return Outcome(sum(len(images) for images, *_ in batches), loss, correct, culprit=culprit)
 
+    def logits(self, batches: Sequence[tuple]) -> list[np.ndarray]:
+        """float32 [images, classes] of each replica of this rank, of the batch that was evaluated last (views)."""
+        found, classes = self.model.evaluate.logits, self.model.options.num_classes
+        rows = zip(self.replicas.all, batches, strict=True)
+        return [replica.memory.read(found)[: len(images), :classes] for replica, (images, *_) in rows]
+
     def _feed(self, recorded: Recorded, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool) -> None:
         control = {"seed": seed, "epoch": epoch, "augment": augment, "grad_scale": self.scaler.scale / count}
         self.sync_bn.begin([len(images) for images, *_ in batches])

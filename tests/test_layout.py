@@ -17,7 +17,8 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 # A module may import modules of lower layers only.
 LAYERS = [
     ["trace"],
-    ["errors", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
+    ["errors", "evaluation", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "events", "wire",
+     "bench.torch_resnet"],
     ["launcher", "shared"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "commandline", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
@@ -38,12 +39,13 @@ LAYERS = [
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
 ]
-ALONE = ["trace", "errors", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
+ALONE = ["trace", "errors", "evaluation", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "wire",
+         "bench.torch_resnet"]  # fmt: skip
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "update", "resnet", "model", "initial",
                "replicas", "optimizer", "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "commandline", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events"]
-WITHOUT_BOTH += ["explain", "datasets.*", "trace", "timeline", "shared"]
+WITHOUT_BOTH += ["evaluation", "explain", "datasets.*", "trace", "timeline", "shared"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "channel", "child", "step", "memory", "picture",
                                             "projection", "scaling", "theirs")]  # fmt: skip
 
