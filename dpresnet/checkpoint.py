@@ -15,6 +15,8 @@ File format, version 1. Any HDF5 reader opens it, for example ``h5py.File("best.
     /param/NAME     parameters, such as /param/layer1.0.conv1.weight
     /momentum/NAME  momentum of the optimizer, one per parameter
     /buffer/NAME    running statistics, such as /buffer/bn1.running_mean
+    /second_moment/NAME              AdamW: the second moment, one per parameter (the first is the momentum)
+    /ema_param/NAME /ema_buffer/NAME moving averages of parameters and running statistics, if the run has them
     /meta           uint8 [n]: UTF-8 JSON text of one object (step, epoch, seed, loss scaler, configuration ...)
 
 All arrays are little-endian float32, float64, int64 or uint8, of any shape including () and (0,), finite, stored
@@ -44,13 +46,14 @@ from .errors import Refused
 
 Arrays = Mapping[str, np.ndarray]
 KINDS = ("buffer", "momentum", "param")
+MORE_KINDS = ("ema_buffer", "ema_param", "second_moment")  # where a run has them
 DTYPES = tuple(np.dtype(code) for code in ("<f4", "<f8", "<i8", "u1"))
 
 _MAGIC, _VERSION = b"DPRESNET", 1
 _HEADER = struct.Struct("<8sIQ32s")
 _USER_BLOCK = 512  # the smallest that HDF5 allows
 
-_ARRAY_NAME = re.compile(rf"({'|'.join(KINDS)})/\w+(\.\w+)*", re.ASCII)
+_ARRAY_NAME = re.compile(rf"({'|'.join(KINDS + MORE_KINDS)})/\w+(\.\w+)*", re.ASCII)
 _STEP_FILE = re.compile(r"step-(\d{8,})\.h5")
 _TEMPORARY_FILE = re.compile(r"(?:step-\d{8,}|best|probe)\.h5\.tmp-(\d{1,7})")
 
@@ -153,7 +156,7 @@ def _build(arrays: Arrays, meta: dict) -> memoryview:
     text = json.dumps(meta, sort_keys=True, allow_nan=False).encode()
     stream = io.BytesIO()
     with h5py.File(stream, "w", libver=("v110", "v110"), userblock_size=_USER_BLOCK) as file:
-        for kind in KINDS:
+        for kind in (*KINDS, *(kind for kind in MORE_KINDS if any(name.startswith(f"{kind}/") for name in arrays))):
             file.create_group(kind)
         for name in sorted(arrays):
             array = np.asarray(arrays[name])
@@ -168,7 +171,7 @@ def _build(arrays: Arrays, meta: dict) -> memoryview:
 
 def _check_array(name: str, array: np.ndarray) -> None:
     if not _ARRAY_NAME.fullmatch(name):
-        raise ValueError(f'array name "{name}" is not KIND/NAME with KIND one of {", ".join(KINDS)}')
+        raise ValueError(f'array name "{name}" is not KIND/NAME with KIND one of {", ".join(KINDS + MORE_KINDS)}')
     if array.dtype not in DTYPES:
         raise ValueError(f"array {name} is {array.dtype}, not one of {', '.join(map(str, DTYPES))}")
     if not np.isfinite(array).all():
@@ -225,10 +228,10 @@ def _parse(image: bytes) -> tuple[dict[str, np.ndarray], dict]:
 
 def _admit(file: h5py.File) -> dict[str, h5py.Dataset]:
     """All datasets of the file by name; ValueError at the first thing that ``save`` does not write."""
-    if set(file) != {*KINDS, "meta"}:
+    if set(file) - {*MORE_KINDS} != {*KINDS, "meta"}:
         raise ValueError(f"has the members {', '.join(file)} instead of {', '.join(KINDS)}, meta")
     datasets = {"meta": _admit_dataset(file, "meta")}
-    for kind in KINDS:
+    for kind in sorted({*file} - {"meta"}):
         group = _follow(file, kind, h5py.Group)
         datasets |= {f"{kind}/{name}": _admit_dataset(group, name) for name in sorted(group)}
     return datasets

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import itertools
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 from dpresnet import recipe
 from dpresnet.config import EXPECTED, Config, flag_name, nearest, refuse, validate
 from dpresnet.errors import Refused
+
+RISE_OF_ONECYCLE = 0.3  # of the run
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -29,16 +32,25 @@ def parse(argv: Sequence[str]) -> Config:
     for name in ("image", "channels"):
         if name in given and cfg.dataset != "synthetic":
             refuse(cfg, name, f"is for --dataset synthetic; {cfg.dataset!r} brings its own: leave the flag out")
+    _check_meaning(cfg, given)
     validate(cfg)
     return cfg
 
 
+def _check_meaning(cfg: Config, given: Namespace) -> None:
+    """Refuses a flag that has no meaning beside the others."""
+    for spec in fields(Config):
+        other, values = spec.metadata.get("only", ("", ()))
+        if spec.name in given and other and getattr(cfg, other) not in values:
+            has = f"{flag_name(other)} {getattr(cfg, other)!r}"
+            refuse(cfg, spec.name, f"has no meaning with {has}: leave it out, or use {flag_name(other)} {' or '.join(values)}")
+
+
 def _derived(cfg: Config) -> dict[str, Any]:
     """Defaults that follow from other flags; those of `Config` are these for the default run."""
-    return {
-        "warmup_epochs": min(Config.warmup_epochs, cfg.epochs / 2),
-        "out": f"runs/{Path(cfg.dataset).stem}-{cfg.arch}",
-    }
+    warmup = RISE_OF_ONECYCLE * cfg.epochs if cfg.schedule == "onecycle" else min(Config.warmup_epochs, cfg.epochs / 2)
+    adaptive = {"lr": 0.001, "weight_decay": 0.01} if cfg.optimizer == "adamw" else {}
+    return {"warmup_epochs": warmup, "out": f"runs/{Path(cfg.dataset).stem}-{cfg.arch}", **adaptive}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +39,10 @@ schedule is "constant", and a data set may move to another folder: its fingerpri
 
 
 def _flag(default: Any, group: str, text: str, **limits: Any) -> Any:
-    """A field with its help; `limits` are choices, least, most, above, below (see `_check`), metavar and shown."""
+    """A field with its help; `limits` are choices, least, most, above, below (see `_check`), metavar and shown.
+
+    ``only`` = (another field, its values) says where the flag has a meaning: elsewhere a command line may not give it.
+    """
     return field(default=default, metadata={"group": group, "help": text, **limits})
 
 
@@ -75,14 +79,39 @@ class Config:
     steps: int = _flag(0, "run", "stop after so many steps in all, the schedule as it was; 0: no limit", least=0)
     seed: int = _flag(0, "run", "fixes initial weights, order of samples and augmentation", least=0, most=2**32 - 1)
 
+    optimizer: str = _flag("sgd", "optimisation", "SGD with momentum, the same with a rate for each layer (LARS), or AdamW",
+                           choices=("sgd", "lars", "adamw"))
     lr: float = _flag(0.4, "optimisation", "peak learning rate per 256 samples of global batch: a step uses "
-                      "lr * replicas * batch * accumulate / 256", least=0.0)
-    schedule: str = _flag("cosine", "optimisation", "after the warm-up: to 0 along a cosine, constant, or x0.1 at 1/2 "
-                          "and 3/4 of the run", choices=("cosine", "constant", "step"))
-    warmup_epochs: float = _flag(2.0, "optimisation", "linear warm-up", least=0.0, shown="2.0, at most half the run")
-    momentum: float = _flag(0.9, "optimisation", "momentum of SGD", least=0.0, below=1.0)
-    nesterov: bool = _flag(True, "optimisation", "Nesterov's form of momentum")
-    weight_decay: float = _flag(5e-4, "optimisation", "L2 penalty, added to the gradient", least=0.0)
+                      "lr * replicas * batch * accumulate / 256", least=0.0, shown="0.4; adamw 0.001")
+    schedule: str = _flag("cosine", "optimisation", "after the warm-up: along a cosine or a polynomial, constant, in steps, or "
+                          "one cycle, up from lr / 25 and down to lr / 250000 along a cosine",
+                          choices=("cosine", "constant", "step", "onecycle", "polynomial"))
+    warmup_epochs: float = _flag(2.0, "optimisation", "linear warm-up", least=0.0,
+                                 shown="2.0, at most half the run; onecycle 0.3 of it")
+    final_lr: float = _flag(0.0, "optimisation", "share of the peak at which cosine and polynomial end", least=0.0, most=1.0,
+                            only=("schedule", ("cosine", "polynomial")))
+    power: float = _flag(2.0, "optimisation", "exponent of the polynomial", above=0.0, only=("schedule", ("polynomial",)))
+    milestones: str = _flag("", "optimisation", "epochs after which the learning rate of step falls", metavar="E,E,...",
+                            shown="1/2 and 3/4 of the run", only=("schedule", ("step",)))
+    gamma: float = _flag(0.1, "optimisation", "factor at each milestone", above=0.0, most=1.0, only=("schedule", ("step",)))
+    momentum: float = _flag(0.9, "optimisation", "momentum of SGD and LARS", least=0.0, below=1.0,
+                            only=("optimizer", ("sgd", "lars")))
+    nesterov: bool = _flag(True, "optimisation", "Nesterov's form of momentum, of SGD", only=("optimizer", ("sgd",)))
+    beta1: float = _flag(0.9, "optimisation", "AdamW: what the mean of gradients keeps in a step", least=0.0, below=1.0,
+                         only=("optimizer", ("adamw",)))
+    beta2: float = _flag(0.999, "optimisation", "AdamW: what the mean of their squares keeps", least=0.0, below=1.0,
+                         only=("optimizer", ("adamw",)))
+    eps: float = _flag(1e-8, "optimisation", "AdamW: added to the root of that mean", least=1e-30,
+                       only=("optimizer", ("adamw",)))
+    trust: float = _flag(0.001, "optimisation", "LARS: factor of a layer's learning rate, the norm of its weights by that of "
+                         "its gradient", above=0.0, only=("optimizer", ("lars",)))
+    weight_decay: float = _flag(5e-4, "optimisation", "L2 penalty, added to the gradient; of AdamW decoupled from it",
+                                least=0.0, shown="0.0005; adamw 0.01")
+    decay: str = _flag("all", "optimisation", "what decays: all parameters, or weights without biases, scales and shifts; "
+                       "LARS does not scale these either then", choices=("all", "weights"))
+    clip_norm: float = _flag(0.0, "optimisation", "largest norm of the gradient of a step; 0: no limit", least=0.0)
+    ema: float = _flag(0.0, "optimisation", "what a moving average of parameters and statistics keeps in a step, evaluated "
+                       "besides them; 0: none", least=0.0, below=1.0)
     label_smoothing: float = _flag(0.1, "optimisation", "target share given to all classes", least=0.0, below=1.0)
 
     reduce: str = _flag("tree", "parallel", "how gradients are summed: in one tree over the replicas, with the same bits on "
@@ -146,6 +175,7 @@ def validate(cfg: Config) -> None:
     _check_dataset(cfg)
     _check_model(cfg)
     _check_statistics(cfg)
+    milestones_of(cfg)
     if cfg.reduce == "mpi" and cfg.wire != "fp32":
         refuse(cfg, "wire", "needs --reduce tree: the MPI library adds fp32 numbers only")
     if cfg.warmup_epochs > cfg.epochs:
@@ -230,6 +260,17 @@ def statistics_group(bn: str, replicas: int) -> int:
     if replicas % int(size):
         raise Refused(f"--bn {bn!r} does not divide {replicas} replicas: use a divisor")
     return int(size)
+
+
+def milestones_of(cfg: Config) -> tuple[float, ...]:
+    """The epochs of ``milestones``. Refused unless they are numbers that rise and lie inside the run."""
+    try:
+        epochs = tuple(float(part) for part in cfg.milestones.split(",")) if cfg.milestones else ()
+    except ValueError:
+        refuse(cfg, "milestones", "is no list of epochs: give numbers such as 15,25")
+    if not all(before < after for before, after in pairwise((0.0, *epochs, cfg.epochs))):
+        refuse(cfg, "milestones", f"must rise inside the run: give epochs above 0 and below --epochs {cfg.epochs}, in order")
+    return epochs
 
 
 def global_batch(cfg: Config) -> int:

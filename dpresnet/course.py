@@ -8,7 +8,7 @@ repeated.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -17,10 +17,12 @@ from dpresnet.checkpoint import Checkpoint
 from dpresnet.config import Config, global_batch
 from dpresnet.data import Batch, Dataset, Loader, in_steps, order, steps_per_epoch
 from dpresnet.errors import Refused
+from dpresnet.evaluation import Evaluation, answers, joined
 from dpresnet.initial import initial_state
+from dpresnet.optimizer import Hyper
 from dpresnet.schedule import last_step, lr_at, planned_steps
 from dpresnet.trail import Trail
-from dpresnet.trainer import Hyper, Outcome, Trainer
+from dpresnet.trainer import Outcome, Trainer
 
 
 @dataclass
@@ -60,11 +62,13 @@ class Course:
         self.total = planned_steps(cfg, self.steps_per_epoch)
         self.last = last_step(cfg, self.steps_per_epoch)
         self.progress = Progress()
+        self.hyper = Hyper(**{spec.name: getattr(cfg, spec.name) for spec in fields(Hyper)})
 
     def begin(self, saved: Checkpoint | None) -> None:
         """Sets the state: that of a checkpoint, or the initial one. Refused if the checkpoint is of another network."""
+        model = self.trainer.model
         if not saved:
-            self.trainer.restore(self.trainer.comm.bcast(initial_state(self.trainer.model.state, self.cfg.seed)))
+            self.trainer.restore(self.trainer.comm.bcast(initial_state(model.state, self.cfg.seed, model.rule)))
             self.progress = Progress()
             return
         check_arrays(self.trainer, saved, self.cfg.arch)
@@ -78,9 +82,14 @@ class Course:
         return self.progress.step % self.steps_per_epoch == 0
 
     @property
+    def updates(self) -> int:
+        """How often the parameters have been updated; skipped steps do not count."""
+        return self.progress.step - self.trainer.scaler.skipped
+
+    @property
     def lr(self) -> float:
         """Learning rate of the next step; skipped ones do not advance the schedule."""
-        return lr_at(self.cfg, self.progress.step - self.trainer.scaler.skipped, self.steps_per_epoch, self.total)
+        return lr_at(self.cfg, self.updates, self.steps_per_epoch, self.total)
 
     def rest_of_epoch(self) -> Iterator[tuple[int, list[Batch]]]:
         """(epoch, micro-batches) of each step from the present one to the end of its epoch."""
@@ -95,21 +104,27 @@ class Course:
     def step(self, epoch: int, micro_batches: list[Batch], stop: bool = False, trail: Trail | None = None) -> Outcome:
         """Trains on one global batch; ``trail`` gets what every entry has written."""
         cfg, self.trainer.trail = self.cfg, trail
-        hyper = Hyper(cfg.momentum, cfg.weight_decay, cfg.nesterov)
         shards, count = [batch.shards for batch in micro_batches], sum(batch.count for batch in micro_batches)
-        outcome = self.trainer.step(shards, count, self.lr, hyper, seed=cfg.seed, epoch=epoch, stop=stop)
+        outcome = self.trainer.step(shards, count, self.lr, self.hyper, seed=cfg.seed, epoch=epoch, updates=self.updates,
+                                    stop=stop)  # fmt: skip
         self.trainer.trail = None
         self.progress.count(outcome)
         return outcome
 
-    def evaluate(self) -> Outcome:
-        """The test split, each sample exactly once over all replicas; ``culprit`` is the first of all its batches."""
-        total, samples = Outcome(0, 0.0, 0), np.arange(len(self.dataset.test))
+    def evaluate(self) -> dict[str, Evaluation]:
+        """The parameters and, if there are any, their moving averages on the test split."""
+        return {"": self._evaluate(False)} | ({"ema_": self._evaluate(True)} if self.trainer.model.rule.ema else {})
+
+    def _evaluate(self, averaged: bool) -> Evaluation:
+        """Each sample exactly once over all replicas; ``culprit`` is the first of all batches."""
+        loss, culprit, samples, parts = 0.0, "", np.arange(len(self.dataset.test)), []
         for batch in Loader(self.dataset.test, samples, self.cfg.replicas, self.cfg.batch, self.trainer.replicas_range):
-            part = self.trainer.evaluate(batch.shards)
-            total = Outcome(total.count + batch.count, total.loss + part.loss, total.correct + part.correct,
-                            culprit=total.culprit or part.culprit)  # fmt: skip
-        return total
+            outcome = self.trainer.evaluate(batch.shards, averaged)
+            loss, culprit = loss + outcome.loss, culprit or outcome.culprit
+            shown = zip(self.trainer.logits(batch.shards), batch.shards, strict=True)
+            parts += [answers(logits, shard.labels) for logits, shard in shown]
+        self.trainer.comm.events.what = "answers"
+        return Evaluation(self.cfg.num_classes, loss, joined(self.trainer.comm.gather(joined(parts))), culprit)
 
 
 def check_arrays(trainer: Trainer, saved: Checkpoint, arch: str) -> None:

@@ -8,15 +8,20 @@ import math
 import numpy as np
 
 from dpresnet.state import Parameter, State
+from dpresnet.update import SGD, Rule
 
 
-def initial_state(state: State, seed: int) -> dict[str, np.ndarray]:
-    """Every array of a fresh run, keyed as in a checkpoint (param/, momentum/, buffer/)."""
-    arrays = {f"param/{p.name}": initial_value(p, seed) for p in state.parameters.values()}
-    arrays |= {f"momentum/{p.name}": np.zeros(p.shape, np.float32) for p in state.parameters.values()}
+def initial_state(state: State, seed: int, rule: Rule = SGD) -> dict[str, np.ndarray]:
+    """Every array of a fresh run, keyed as in a checkpoint (param/, momentum/, buffer/ and what else the ``rule`` keeps)."""
+    arrays = {}
+    for p in state.parameters.values():
+        value = initial_value(p, seed)
+        for group, part in rule.of_parameters.items():
+            arrays[f"{group}/{p.name}"] = value if part in ("value", "ema") else np.zeros(p.shape, np.float32)
     for buffer in state.buffers.values():
         start = 1.0 if buffer.name.endswith("running_var") else 0.0
-        arrays[f"buffer/{buffer.name}"] = np.full(buffer.channels, start, np.float32)
+        for group in rule.of_buffers:
+            arrays[f"{group}/{buffer.name}"] = np.full(buffer.channels, start, np.float32)
     return arrays
 
 

@@ -9,12 +9,13 @@ import numpy as np
 from dpresnet.device import Device
 from dpresnet.errors import Refused
 from dpresnet.nn import Recorder
-from dpresnet.ops import augment, cast, sgd
+from dpresnet.ops import augment, cast, optimizer
 from dpresnet.plan import Plan, Tensor, aligned, insert_ready, place_by_liveness, place_in_order
 from dpresnet.resnet import Options, resnet
 from dpresnet.state import FLOAT, Parameter, State
+from dpresnet.update import SGD, TRAINED, Rule, Update
 
-SHARED = ("parameter", "momentum", "buffer", "update")  # homes that the replicas of a process have in common
+SHARED = (*TRAINED, "update")  # homes that the replicas of a process have in common
 PRIVATE = ("work", "gradient", "accumulated", "statistic", "io")
 
 
@@ -56,19 +57,21 @@ class Model:
 
     ``image`` is (channels, height, width), ``batch`` the images per replica. ``pixels`` says how 8-bit images are normalised;
     None means that fp32 images arrive as they are. With ``accumulate`` there is room for the sum of several micro-batches.
+    ``rule`` says how parameters are updated.
     """
 
     def __init__(self, device: Device, arch: str, options: Options, image: tuple[int, int, int], batch: int,
-                 precision: str, smoothing: float = 0.0, pixels: Pixels | None = None, accumulate: bool = False):  # fmt: skip
+                 precision: str, smoothing: float = 0.0, pixels: Pixels | None = None, accumulate: bool = False,
+                 rule: Rule = SGD):  # fmt: skip
         self.device, self.arch, self.options, self.image = device, arch, options, image
-        self.batch, self.precision = batch, precision
+        self.batch, self.precision, self.rule = batch, precision, rule
         self.state = State()
         self._smoothing, self._pixels = smoothing, pixels
         self.train, self.evaluate = self._record(train=True), self._record(train=False)
         self.gradients = [p.grad for p in reversed(self.parameters)]  # about the order in which backward finishes them
         self.bytes = self._place()
-        self.hyper = Tensor("hyper", (1,), sgd.HYPER, "update", place=(0, 0))
-        self.update = self._record_update()
+        self.update = Update(device, precision, self.parameters[::-1], self.bytes, rule)
+        self.bytes["update"] = [self.update.nbytes]
         self.bytes["accumulated"] = self.bytes["gradient"] if accumulate else []
         self.accumulate = [self._record_accumulation(fresh) for fresh in (True, False)] if accumulate else []
         self.complete: list[Plan] = []  # by bucket
@@ -121,29 +124,17 @@ class Model:
         prepare = Plan(self.device, self.precision) if train else net.prepare
         return Recorded(net.plan, prepare, net.control, images, samples, labels, logits, loss, correct)
 
-    def _record_update(self) -> Plan:
-        plan = Plan(self.device, self.precision)
-        elements = self.bytes["gradient"][0] // 4
-        whole = {home: self._part(home, slice(0, elements)) for home in ("parameter", "gradient", "momentum")}
-        sgd.update(plan, "update", whole["parameter"], whole["gradient"], whole["momentum"], self.hyper)
-        self.check = Plan(self.device, self.precision)
-        items = sgd.check_items(plan, elements)
-        self.found = Tensor("found", (items,), np.dtype(np.int32), "update", place=(0, aligned(self.hyper.nbytes)))
-        sgd.check(self.check, "check", whole["gradient"], self.found)
-        self.bytes["update"] = [aligned(self.hyper.nbytes) + aligned(self.found.nbytes)]
-        return plan
-
     def _record_accumulation(self, fresh: bool) -> Plan:
         """Adds the gradients of a micro-batch to those before, of which there are none if it is ``fresh``."""
         plan = Plan(self.device, self.precision)
         whole = slice(0, self.bytes["gradient"][0] // 4)
-        sgd.accumulate(plan, "accumulate", self._part("gradient", whole), self._part("accumulated", whole), fresh)
+        optimizer.accumulate(plan, "accumulate", self._part("gradient", whole), self._part("accumulated", whole), fresh)
         return plan
 
     def _record_completion(self, part: slice) -> Plan:
         """Adds the micro-batches before to the last one's gradients of a bucket."""
         plan = Plan(self.device, self.precision)
-        sgd.complete(plan, "complete", self._part("gradient", part), self._part("accumulated", part))
+        optimizer.complete(plan, "complete", self._part("gradient", part), self._part("accumulated", part))
         return plan
 
     def _part(self, home: str, part: slice) -> Tensor:
@@ -151,7 +142,8 @@ class Model:
 
     def _place(self) -> dict[str, list[int]]:
         """Places every tensor; returns the bytes of the chunks of each home."""
-        backwards = self.parameters[::-1]
+        backwards, buffers = self.parameters[::-1], self.state.buffers.values()
+        fields = self.rule.of_parameters.values()
         recorded = (self.train, self.evaluate)
         listed = [t for r in recorded for t in (*r.plan.tensors(), *r.host_tensors())]
         unique = list({id(t): t for t in listed}.values())
@@ -162,8 +154,11 @@ class Model:
         return {
             "parameter": [place_in_order([p.value for p in backwards])],
             "momentum": [place_in_order([p.momentum for p in backwards])],
+            "second_moment": [place_in_order([p.second_moment for p in backwards])] if "second_moment" in fields else [],
             "gradient": [place_in_order([p.grad for p in backwards])],
-            "buffer": [place_in_order([b.value for b in self.state.buffers.values()])],
+            "buffer": [place_in_order([b.value for b in buffers])],
+            "ema_parameter": [place_in_order([p.ema for p in backwards])] if self.rule.ema else [],
+            "ema_buffer": [place_in_order([b.ema for b in buffers])] if self.rule.ema else [],
             "statistic": [place_in_order([t for t in unique if t.home == "statistic"])],
             "io": [place_in_order([t for t in unique if t.home == "io"])],
             "work": [max(pair) for pair in zip(*padded, strict=True)],

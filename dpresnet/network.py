@@ -19,8 +19,9 @@ from dpresnet.device import Device, choose_device
 from dpresnet.errors import Refused
 from dpresnet.initial import initial_state
 from dpresnet.model import Model
+from dpresnet.optimizer import Hyper
 from dpresnet.resnet import Options
-from dpresnet.trainer import Hyper, Trainer
+from dpresnet.trainer import Trainer
 
 
 class Network:

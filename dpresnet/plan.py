@@ -241,11 +241,12 @@ class Plan:
         items = tuple(sorted(defines.items()))
         self.entries.append(Launch(name, stem, verb, size, tuple(args), tuple(writes), items, flops))
 
-    def elementwise(self, name: str, kernel: str, elements: int, args: list[Argument], writes: list[Tensor]) -> None:
+    def elementwise(self, name: str, kernel: str, elements: int, args: list[Argument], writes: list[Tensor],
+                    **defines: int) -> None:  # fmt: skip
         """Appends a launch over a flat range of ``elements`` (a multiple of BLOCK), passed as the first argument."""
         items = 64 if self.device.host_memory else 1
         size = (-(-elements // (items * self.device.vector)),)
-        self.launch(name, kernel, size, [np.int32(elements), *args], writes, ITEMS=items)
+        self.launch(name, kernel, size, [np.int32(elements), *args], writes, ITEMS=items, **defines)
 
     @property
     def flops(self) -> int:

@@ -316,27 +316,6 @@ def loss_correct(logits: ArrayLike, labels: ArrayLike, valid: int | None = None)
     return correct
 
 
-def sgd_update(
-    param: ArrayLike,
-    grad: ArrayLike,
-    momentum_buffer: ArrayLike,
-    lr: float,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(param, momentum_buffer) after one step of PyTorch's rule: g += weight_decay * p; m = momentum * m + g;
-    p -= lr * (g + momentum * m if nesterov else m). The buffer starts at zero.
-
-    Sutskever et al. 2013, section 2, rearranged: lr multiplies the buffer instead of entering it.
-    """
-    param = _f64(param)
-    grad = _f64(grad) + weight_decay * param
-    buffer = momentum * _f64(momentum_buffer) + grad
-    step = grad + momentum * buffer if nesterov else buffer
-    return param - lr * step, buffer
-
-
 # Augmentation: random crop of the zero-padded image and horizontal flip, He et al. 2016, section 4.2. There is no
 # stream of random numbers: what a sample gets is a function of (seed, epoch, its index), so a resumed run repeats it.
 

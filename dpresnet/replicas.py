@@ -16,6 +16,7 @@ import pyopencl as cl
 from dpresnet.model import PRIVATE, SHARED, Model, Recorded
 from dpresnet.plan import Entry, Exchange, Launch, Memory, Plan, Ready, Tensor, bind
 from dpresnet.shared import Commons, paged
+from dpresnet.update import TRAINED
 
 Handler = Callable[..., None]
 Inspector = Callable[[int, Entry], None]
@@ -38,11 +39,15 @@ class NonFinite:
 
 @dataclass
 class Replica:
-    """One replica of this process; ``number`` counts over all processes."""
+    """One replica of this process; ``number`` counts over all processes.
+
+    ``averaged`` are the kernels of an evaluation that finds the moving averages where the state would be.
+    """
 
     number: int
     memory: Memory
     kernels: dict[Plan, list[cl.Kernel | None]]
+    averaged: dict[Plan, list[cl.Kernel | None]]
 
 
 def share_gradients(model: Model, comm: Any, replicas: int, reduce: str = "tree") -> Commons | None:
@@ -75,14 +80,19 @@ class Replicas:
                 own["gradient"] = [self.device.arena(*model.bytes["gradient"], commons.own[number - first])]
             memory = Memory(shared | own)
             plans = (model.train.plan, model.evaluate.plan, model.evaluate.prepare)
-            self.all.append(Replica(number, memory, {plan: bind(plan, memory, constants) for plan in plans}))
+            kernels = {plan: bind(plan, memory, constants) for plan in plans}
+            averaged = {}
+            if model.rule.ema:
+                there = {home: memory.homes[f"ema_{home}"] for home in ("parameter", "buffer")}
+                averaged = {plan: bind(plan, Memory(memory.homes | there), constants) for plan in plans[1:]}
+            self.all.append(Replica(number, memory, kernels, averaged))
         for replica in self.all:
             for plan in (*model.accumulate, *model.complete):
                 replica.kernels[plan] = bind(plan, replica.memory, constants)
         leader = self.all[0]
-        for plan in (model.update, model.check):
+        for plan in model.update.plans:
             leader.kernels[plan] = bind(plan, leader.memory, constants)
-        self._prepared: Recorded | None = None  # whose preparation the work arenas hold
+        self._prepared: tuple[Recorded, bool] | None = None  # whose preparation the work arenas hold, and whether of averages
         self.memory = leader.memory  # parameters, momentum and running statistics are the same for all
 
     def _arenas(self, home: str) -> list:
@@ -108,22 +118,24 @@ class Replicas:
                 event = self.enqueue(launch, kernel)
         return event
 
-    def run(self, recorded: Recorded, exchange: Handler, ready: Handler, inspect: Inspector | None = None) -> None:
+    def run(self, recorded: Recorded, exchange: Handler, ready: Handler, inspect: Inspector | None = None,
+            averaged: bool = False) -> None:  # fmt: skip
         """Replays a plan on every replica, prepared where that is needed.
 
         ``exchange(entry, event)`` is called when replicas must agree, with the event of the last launch that writes what they
         exchange, and ``ready(bucket, event)`` when all launches of a bucket are enqueued. ``inspect(index, entry)`` follows
-        each entry; what it reads of the entry's tensors is finished.
+        each entry; what it reads of the entry's tensors is finished. ``averaged`` evaluates the moving averages.
         """
-        if self._prepared is not recorded:
-            self._prepare(recorded)
+        if self._prepared != (recorded, averaged):
+            self._prepare(recorded, averaged)
         plan, event = recorded.plan, None
+        kernels = [(replica.averaged if averaged else replica.kernels)[plan] for replica in self.all]
         written: dict[Tensor, cl.Event] = {}
         for index, entry in enumerate(plan):
             match entry:
                 case Launch():
-                    for replica in self.all:
-                        event = self.enqueue(entry, replica.kernels[plan][index])
+                    for bound in kernels:
+                        event = self.enqueue(entry, bound[index])
                     for tensor in entry.statistics:
                         written[tensor] = event
                 case Exchange():
@@ -134,11 +146,12 @@ class Replicas:
             if inspect:
                 inspect(index, entry)
 
-    def _prepare(self, recorded: Recorded) -> None:
+    def _prepare(self, recorded: Recorded, averaged: bool) -> None:
         for replica in self.all:
-            for launch, kernel in zip(recorded.prepare, replica.kernels.get(recorded.prepare, ()), strict=True):
+            kernels = replica.averaged if averaged else replica.kernels
+            for launch, kernel in zip(recorded.prepare, kernels.get(recorded.prepare, ()), strict=True):
                 self.enqueue(launch, kernel)
-        self._prepared = recorded
+        self._prepared = (recorded, averaged)
 
     def find_non_finite(self, index: int, entry: Entry) -> NonFinite | None:
         """The first replica and tensor into which this entry wrote a non-finite value."""
@@ -151,7 +164,9 @@ class Replicas:
 
     def warm(self) -> None:
         """Runs every kernel once on cleared memory, so that the driver compiles what it compiles at the first launch."""
-        replica = self.all[0]
+        replica, harmless = self.all[0], np.zeros(1, self.model.update.hyper.dtype)
+        harmless["eps"] = 1  # AdamW divides by it, and a NaN between the parameters would stay
+        self.memory.write(self.model.update.hyper, harmless)
         for plan, kernels in replica.kernels.items():
             seen = set()
             for entry, kernel in zip(plan, kernels, strict=True):
@@ -178,24 +193,32 @@ class Replicas:
     # State by name: numpy views on the host side of the shared arenas.
 
     def parameter(self, name: str, part: str = "value") -> np.ndarray:
-        """A parameter (or its "momentum") in its logical shape; call `device.finish` before reading."""
+        """A parameter (or another field of it) in its logical shape; call `device.finish` before reading."""
         parameter = self.model.state.parameters[name]
         return self.memory.view(getattr(parameter, part)).ravel()[: parameter.size].reshape(parameter.shape)
 
-    def buffer(self, name: str) -> np.ndarray:
-        """A running statistic [channels]."""
+    def buffer(self, name: str, part: str = "value") -> np.ndarray:
+        """A running statistic (or its "ema") [channels]."""
         buffer = self.model.state.buffers[name]
-        return self.memory.view(buffer.value)[: buffer.channels]
+        return self.memory.view(getattr(buffer, part))[: buffer.channels]
+
+    def trained(self) -> dict[str, np.ndarray]:
+        """All that a run has learnt, keyed as in a checkpoint (param/, momentum/, buffer/ and so on)."""
+        rule, state = self.model.rule, self.model.state
+        found = {f"{group}/{name}": self.parameter(name, part)
+                 for group, part in rule.of_parameters.items() for name in state.parameters}  # fmt: skip
+        return found | {f"{group}/{name}": self.buffer(name, part)
+                        for group, part in rule.of_buffers.items() for name in state.buffers}  # fmt: skip
 
     def pull_state(self) -> None:
         """Makes the host side of the state current."""
-        for home in ("parameter", "momentum", "buffer"):
+        for home in TRAINED:
             for arena in self.memory.homes[home]:
                 arena.pull(0, arena.nbytes)
 
     def push_state(self) -> None:
         """Makes the device side of the state current."""
-        for home in ("parameter", "momentum", "buffer"):
+        for home in TRAINED:
             for arena in self.memory.homes[home]:
                 arena.push(0, arena.nbytes)
         self._prepared = None

@@ -30,8 +30,9 @@ CURVES = (  # title, key of the steps' lines, that of the epochs' lines in train
     ("loss scale", "loss_scale", "", ""),
     ("images/s", "images_per_s", "", ""),
 )
-SUMMARY = ("arch", "dataset", "precision", "replicas", "ranks", "steps", "epochs", "test_accuracy", "test_loss",
-           "images_per_s", "wall_s", "peak_rss_mb", "params_sha256")  # fmt: skip
+SUMMARY = ("arch", "dataset", "precision", "replicas", "ranks", "steps", "epochs", "test_accuracy", "test_top5",
+           "ema_test_accuracy", "test_loss", "images_per_s", "wall_s", "peak_rss_mb", "params_sha256")  # fmt: skip
+CONFUSIONS = {"matrix": "", "ema_matrix": ", moving average of the parameters"}  # of confusion.json
 SMOOTHED = 100  # points that are left of the steps' lines, each the mean of what lies between
 MOST_NAMED = 40  # classes that still have names beside a confusion matrix
 MOST_COUNTED = 20  # classes whose counts are written into it
@@ -39,7 +40,7 @@ MOST_COUNTED = 20  # classes whose counts are written into it
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run: ``result`` is empty before its end, ``confusion`` before its first evaluation of that kind."""
+    """The files of a run: ``result`` is and ``confusion`` are empty before its end."""
 
     name: str
     config: dict[str, Any]
@@ -102,9 +103,9 @@ def draw_curves(runs: list[Run]) -> str:
     return encoded(figure)
 
 
-def draw_confusion(confusion: dict[str, Any]) -> str:
+def draw_confusion(names: list[str], matrix: list[list[int]]) -> str:
     """Rows are what the samples are, columns what they were taken for; colours are shares of a row."""
-    names, counts = confusion["class_names"], np.array(confusion["counts"])
+    counts = np.array(matrix)
     side = min(10.0, 3.0 + 0.3 * len(names))
     figure, axes = figure_of(side, side, "", squeeze=False)
     chart = axes[0][0]
@@ -170,7 +171,8 @@ def page(runs: list[Run]) -> str:
         names=[run.name for run in runs],
         summary=summary,
         curves=draw_curves(runs),
-        confusions=[(run.name, draw_confusion(run.confusion)) for run in runs if run.confusion],
+        confusions=[(f"{run.name}{words}", draw_confusion(run.confusion["classes"], run.confusion[key]))
+                    for run in runs for key, words in CONFUSIONS.items() if key in run.confusion],
         settings=settings,
         differing=any(row["differs"] for row in settings),
         environment=rows(facts, list(dict.fromkeys(key for fact in facts for key in fact))),

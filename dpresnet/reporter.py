@@ -1,9 +1,11 @@
-"""What a run writes while it runs: config.json, metrics.jsonl, result.json, and a display on standard error.
+"""What a run writes while it runs: config.json, metrics.jsonl, confusion.json, result.json, and a display on standard error.
 
 metrics.jsonl holds one JSON object per line, flushed as it is written; a number that is not finite is null.
 
     a step    step, epoch, samples, loss, lr, loss_scale, skipped, images_per_s
-    an epoch  step, epoch, samples, train_loss, train_accuracy, test_loss, test_accuracy
+              with --clip-norm also grad_norm, that of the gradient before it was limited, null in a step that was skipped
+    an epoch  step, epoch, samples, train_loss, train_accuracy, test_loss, test_accuracy, with more than five classes
+              test_top5, with --ema the last three also as ema_test_...
 
 `step` and `samples` count what is done including this line's, `epoch` counts from 0 (the display from 1), `loss` is
 per sample and unscaled, `skipped` counts the steps dropped so far, accuracies are fractions of 1. An epoch's line
@@ -88,12 +90,16 @@ class Reporter:
 
     @_if_enabled
     def epoch(self, epoch: int, train_loss: float, train_accuracy: float, test_loss: float | None = None,
-              test_accuracy: float | None = None) -> None:
-        """An epoch is done, up to the last step reported; the test figures are None if it was not evaluated."""
+              test_accuracy: float | None = None, **more: float) -> None:
+        """An epoch is done, up to the last step reported; the test figures are None if it was not evaluated, ``more`` of them
+        go into its line.
+        """
         self._position["epoch"] = epoch
         self._append({"train_loss": train_loss, "train_accuracy": train_accuracy,
-                      "test_loss": test_loss, "test_accuracy": test_accuracy})
+                      "test_loss": test_loss, "test_accuracy": test_accuracy, **more})
         tested = "" if test_loss is None else f", test loss {test_loss:.4f} accuracy {_percent(test_accuracy)}"
+        if "ema_test_accuracy" in more:
+            tested += f", of the average {_percent(more['ema_test_accuracy'])}"
         self.note(f"{self._epoch_name(epoch)}: step {self._position['step']}, train loss {train_loss:.4f} "
                   f"accuracy {_percent(train_accuracy)}{tested}")
 
@@ -107,11 +113,13 @@ class Reporter:
                 print(text, file=self._stderr, flush=True)
 
     @_if_enabled
-    def finished(self, result: Mapping[str, Any]) -> None:
-        """The run is done: write result.json, which must hold at least `RESULT_KEYS`."""
+    def finished(self, result: Mapping[str, Any], confusion: str = "") -> None:
+        """The run is done: write result.json, which must hold at least `RESULT_KEYS`, and before it confusion.json."""
         missing = [key for key in RESULT_KEYS if key not in result]
         if missing:
             raise ValueError(f"result.json needs {', '.join(missing)}")
+        if confusion:
+            write_whole(self._out / "confusion.json", confusion)
         write_json(self._out / "result.json", result)
         self.close()
         speed = f", {result['images_per_s']:.0f} images/s" if result["images_per_s"] else ""  # none if nothing was left to do
@@ -138,7 +146,8 @@ class Reporter:
 
     def _open_files(self, samples: int) -> None:
         self._out.mkdir(parents=True, exist_ok=True)
-        (self._out / "result.json").unlink(missing_ok=True)  # or a run that fails would seem to have succeeded
+        for name in ("result.json", "confusion.json"):  # or a run that fails would seem to have succeeded
+            (self._out / name).unlink(missing_ok=True)
         write_json(self._out / "config.json", to_json(self._cfg))
         cut_metrics(self._out / "metrics.jsonl", samples)
         self._metrics = (self._out / "metrics.jsonl").open("a", encoding="utf-8")
@@ -170,10 +179,15 @@ class Reporter:
 # ------------------------------------------------------------------------------------------------------- files
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file that is at every instant either the old one or the whole new one."""
+    """Write a JSON file, see `write_whole`."""
+    write_whole(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is at every instant either the old one or the whole new one."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

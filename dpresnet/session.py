@@ -22,6 +22,7 @@ from dpresnet.course import Course
 from dpresnet.data import Batch, load
 from dpresnet.device import Device, candidates
 from dpresnet.errors import GaveUp, Refused, Stopped
+from dpresnet.evaluation import MOST_CLASSES, Tests, confusion_text, figures, per_class
 from dpresnet.failure import StopFlag
 from dpresnet.replicas import share_gradients
 from dpresnet.reporter import Reporter, check_tensorboard
@@ -137,37 +138,37 @@ class Session:
         with self.reporter:
             self.reporter.started(self.course.last, self.progress.step, self.progress.samples)
             self.tracer.start()
-            test = None
+            tests = None
             while self.progress.step < self.course.last:
-                test = self._epoch(stop)
-            test = test or self._evaluate()
+                tests = self._epoch(stop)
+            tests = tests or self._evaluate()
             if self.saved_step != self.progress.step:
                 self._save(required=True)
             self.tracer.finish()
-            self._finish(test)
+            self._finish(tests)
 
-    def _epoch(self, stop: StopFlag) -> Outcome | None:
-        """The rest of the current epoch; returns the test result if it was completed."""
-        test, began = None, time.monotonic()
+    def _epoch(self, stop: StopFlag) -> Tests | None:
+        """The rest of the current epoch; returns its evaluations if it was completed."""
+        tests, began = None, time.monotonic()
         for epoch, micro_batches in self.course.rest_of_epoch():
             with trace.span(f"step {self.progress.step + 1}"):
                 outcome = self._step(epoch, micro_batches, stop, began)
             record = False
             if self.course.at_end_of_epoch:
-                test = self._evaluate()
-                record = self._close_epoch(epoch, test)
+                tests = self._evaluate()
+                record = self._close_epoch(epoch, tests)
             self._save_if_due(epoch, record, outcome.stop)
             self.tracer.step_done()
             if self.progress.step == self.course.last:
                 break
             began = time.monotonic()
-        return test
+        return tests
 
-    def _close_epoch(self, epoch: int, test: Outcome) -> bool:
-        """Reports an epoch; returns whether the test accuracy is the best so far."""
-        progress, loss, accuracy = self.progress, test.loss / test.count, test.correct / test.count
-        self.reporter.epoch(epoch, *progress.close_epoch(), loss, accuracy)
-        if not np.isfinite(loss):
+    def _close_epoch(self, epoch: int, tests: Tests) -> bool:
+        """Reports an epoch; returns whether the test accuracy, of the moving average if there is one, is the best so far."""
+        progress, accuracy = self.progress, tests["ema_" if "ema_" in tests else ""].accuracy
+        self.reporter.epoch(epoch, *progress.close_epoch(), **figures(tests))
+        if not np.isfinite(tests[""].loss):
             self.reporter.note("WARNING: the loss on the test split is not finite: the run has diverged")
         record = accuracy > progress.best_accuracy
         progress.best_accuracy = max(progress.best_accuracy, accuracy)
@@ -200,9 +201,10 @@ class Session:
         self.longest.append(seconds)
         self._wait_at_most(cfg.timeout, LONGEST_STEPS * max(self.longest))
         self.trained += outcome.count
+        norm = {"grad_norm": outcome.grad_norm} if cfg.clip_norm else {}
         self.reporter.step(progress.step, epoch, progress.samples, outcome.loss / outcome.count, lr, scale,
                            self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds,
-                           **self.slowest, **(traffic.metrics if self.comm.size > 1 else {}))  # fmt: skip
+                           **norm, **self.slowest, **(traffic.metrics if self.comm.size > 1 else {}))  # fmt: skip
         self.slowest = {}
         if outcome.culprit:
             self.reporter.note(f"step {progress.step} skipped: {outcome.culprit}")
@@ -218,13 +220,14 @@ class Session:
             step = self.progress.step
             self.reporter.note(f"WARNING: the trail of step {step} cannot be written to {self.trails} ({error.strerror})")
 
-    def _evaluate(self) -> Outcome:
+    def _evaluate(self) -> Tests:
         """The test split, each sample exactly once over all replicas."""
         with trace.span("evaluation"):
-            test = self.course.evaluate()
-        if test.culprit:
-            self.reporter.note(f"evaluation: {test.culprit}")
-        return test
+            tests = self.course.evaluate()
+        for test in tests.values():
+            if test.culprit:
+                self.reporter.note(f"evaluation: {test.culprit}")
+        return tests
 
     # Leaving something behind
 
@@ -294,7 +297,7 @@ class Session:
             "mpi": self.comm.mpi_library,
         }
 
-    def _finish(self, test: Outcome) -> None:
+    def _finish(self, tests: Tests) -> None:
         self.comm.events.what = "the result"
         peaks = self.comm.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         cfg = self.cfg
@@ -306,8 +309,8 @@ class Session:
             "precision": cfg.precision,
             "steps": self.progress.step,
             "epochs": self.progress.step / self.course.steps_per_epoch,
-            "test_accuracy": test.correct / test.count,
-            "test_loss": test.loss / test.count,
+            **figures(tests),
+            **per_class(tests),
             "images_per_s": self.trained / self.train_s if self.train_s else None,
             "wall_s": time.monotonic() - self.started_at,
             "peak_rss_mb": max(peaks),
@@ -315,4 +318,5 @@ class Session:
             "params_sha256": self.trainer.digest(),
             "versions": self._versions(),
         }
-        self.reporter.finished(result)
+        few = cfg.num_classes <= MOST_CLASSES
+        self.reporter.finished(result, confusion_text(tests, self.dataset.class_names) if few else "")

@@ -25,6 +25,7 @@ from dpresnet.model import PRIVATE, Model, Pixels
 from dpresnet.resnet import Options, resolve_shortcut
 from dpresnet.shared import Commons
 from dpresnet.trainer import Trainer
+from dpresnet.update import Rule
 
 T = TypeVar("T")
 
@@ -159,8 +160,9 @@ def build_model(device: Device, cfg: Config, dataset: Dataset) -> Model:
     channels, height, _ = dataset.shape
     pixels = Pixels(dataset.mean, dataset.std, padding=max(1, height // 8), flip=channels == 3)
     options = Options(cfg.num_classes, cfg.stem, cfg.shortcut, cfg.block, cfg.zero_init_residual)
+    rule = Rule(cfg.optimizer, cfg.decay, cfg.clip_norm > 0, cfg.ema > 0)
     return Model(device, cfg.arch, options, dataset.shape, cfg.batch, cfg.precision, cfg.label_smoothing, pixels,
-                 accumulate=cfg.accumulate > 1)  # fmt: skip
+                 accumulate=cfg.accumulate > 1, rule=rule)  # fmt: skip
 
 
 def build_trainer(cfg: Config, model: Model, comm: Comm, commons: Commons | None = None) -> Trainer:

@@ -14,7 +14,9 @@ FLOAT = np.dtype(np.float32)
 
 @dataclass(eq=False)
 class Parameter:
-    """A trained array: its logical shape, how it is initialised, and where value, gradient and momentum lie."""
+    """A trained array: its logical shape, how it is initialised, and where its value, its gradient, what the
+    optimizer keeps of it (``second_moment``: AdamW) and its moving average lie.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -22,6 +24,8 @@ class Parameter:
     value: Tensor
     grad: Tensor
     momentum: Tensor
+    second_moment: Tensor
+    ema: Tensor
     fan_in: int = 0
 
     @property
@@ -32,11 +36,12 @@ class Parameter:
 
 @dataclass(eq=False)
 class Buffer:
-    """A running statistic [channels]."""
+    """A running statistic [channels] and its moving average."""
 
     name: str
     channels: int
     value: Tensor
+    ema: Tensor
 
 
 def flat(name: str, size: int, home: str) -> Tensor:
@@ -58,13 +63,15 @@ class State:
         """The parameter of this name; declared on first use."""
         if name not in self.parameters:
             size = int(np.prod(shape))
-            homes = [flat(f"{name}{suffix}", size, home) for suffix, home in
-                     (("", "parameter"), (".grad", "gradient"), (".momentum", "momentum"))]  # fmt: skip
-            self.parameters[name] = Parameter(name, shape, init, *homes, fan_in)
+            homes = {"": "parameter", ".grad": "gradient", ".momentum": "momentum", ".second_moment": "second_moment",
+                     ".ema": "ema_parameter"}  # fmt: skip
+            tensors = [flat(f"{name}{suffix}", size, home) for suffix, home in homes.items()]
+            self.parameters[name] = Parameter(name, shape, init, *tensors, fan_in)
         return self.parameters[name]
 
     def buffer(self, name: str, channels: int) -> Buffer:
         """The running statistic of this name; declared on first use."""
         if name not in self.buffers:
-            self.buffers[name] = Buffer(name, channels, flat(name, channels, "buffer"))
+            tensors = flat(name, channels, "buffer"), flat(f"{name}.ema", channels, "ema_buffer")
+            self.buffers[name] = Buffer(name, channels, *tensors)
         return self.buffers[name]

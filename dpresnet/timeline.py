@@ -135,7 +135,7 @@ def kinds(device: list[Span]) -> list[tuple[str, Span]]:
         kernel = row.facts.get("kernel", "")
         if row.name == "input":
             kind = FORWARD
-        found.append((UPDATE if kernel.startswith("sgd_") else kind, row))
+        found.append((UPDATE if kernel.startswith("optimizer_") else kind, row))
         if kernel.startswith("loss_"):
             kind = BACKWARD
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from dpresnet.comm import Comm
 from dpresnet.errors import GaveUp
 from dpresnet.exchange import TreeExchange, add
 from dpresnet.model import Model, Recorded
-from dpresnet.ops.sgd import HYPER
+from dpresnet.optimizer import Hyper, Optimizer
 from dpresnet.plan import Entry, Exchange, Tensor, aligned
 from dpresnet.replicas import Handler, Inspector, NonFinite, Replicas
 from dpresnet.shared import Commons
@@ -33,19 +33,11 @@ NAP_S = 5e-5  # between looks at the device while buckets are under way
 
 
 @dataclass(frozen=True)
-class Hyper:
-    """Constants of the optimizer."""
-
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    nesterov: bool = False
-
-
-@dataclass(frozen=True)
 class Outcome:
     """Sums over a global batch: images, loss (not scaled), correct answers, and what the ranks agreed on.
 
-    ``culprit`` names the first non-finite value of a batch that was checked and found to have one.
+    ``culprit`` names the first non-finite value of a batch that was checked and found to have one; ``grad_norm`` is that of a
+    step which may limit it, None if it was skipped.
     """
 
     count: int
@@ -54,6 +46,7 @@ class Outcome:
     skipped: bool = False
     stop: bool = False
     culprit: str = ""
+    grad_norm: float | None = None
 
 
 class Trainer:
@@ -77,6 +70,7 @@ class Trainer:
         self._reduce = allreduce(comm, replicas, self.buckets, reduce, wire, commons)
         self.replicas = Replicas(model, self._exchange.own.start, len(self._exchange.own), commons)
         self.sync_bn = SyncBN(self.replicas, comm, replicas, group or replicas)
+        self.optimizer = Optimizer(self.replicas)
         self._held: list[tuple[int, cl.Event]] = []  # buckets that wait for the end of backward
         self._ready: list[tuple[int, cl.Event]] = []  # buckets whose kernels may still run
         self._first_bad: NonFinite | None = None
@@ -91,8 +85,9 @@ class Trainer:
     # A step
 
     def step(self, micro_batches: Sequence[Sequence[tuple]], count: int, lr: float, hyper: Hyper, *, seed: int = 0,
-             epoch: int = 0, stop: bool = False) -> Outcome:  # fmt: skip
-        """Trains on one global batch of ``count`` images, in one micro-batch or several whose gradients are added.
+             epoch: int = 0, updates: int = 0, stop: bool = False) -> Outcome:  # fmt: skip
+        """Trains on one global batch of ``count`` images, in one micro-batch or several whose gradients are added, after
+        ``updates`` steps that were not skipped.
 
         A micro-batch is the (images, labels, sample indices) of each of this rank's replicas. ``stop`` is this rank's wish to
         end; the outcome says whether any rank has it. A step with non-finite gradients changes nothing but the loss scaler.
@@ -100,17 +95,18 @@ class Trainer:
         """
         self.forward_backward(micro_batches, count, seed=seed, epoch=epoch, augment=True)
         loss, correct, wishes = self._sums(int(stop))
-        skipped = not np.isfinite(loss) or self._found_non_finite()
+        skipped = not np.isfinite(loss) or self.optimizer.overflowed()
         culprit = self._culprit() if skipped and self.check else ""
         try:
             scaler = self.scaler.after(skipped)
         except GaveUp as error:
             raise GaveUp(f"{error}; first: {culprit or self.explain(micro_batches, count, seed, epoch)}") from None
+        norm = None if skipped else self.optimizer.norm(self.scaler.scale)
         if not skipped:
             with trace.span("update"):
-                self._update(lr, hyper)
+                self._update(lr, hyper, updates)
         self.scaler = scaler
-        return Outcome(count, loss, correct, skipped, wishes > 0, culprit)
+        return Outcome(count, loss, correct, skipped, wishes > 0, culprit, norm)
 
     def forward_backward(self, micro_batches: Sequence[Sequence[tuple]], count: int, *, seed: int = 0, epoch: int = 0,
                          augment: bool = False) -> None:  # fmt: skip
@@ -170,35 +166,34 @@ class Trainer:
         for tensor in tensors if self.trail else ():
             self.trail.add(0, WHOLE_RANK, name, tensor.name, self.replicas.memory.read(tensor))
 
-    def evaluate(self, batches: Sequence[tuple]) -> Outcome:
-        """Loss and correct answers of one global batch with running statistics."""
+    def evaluate(self, batches: Sequence[tuple], averaged: bool = False) -> Outcome:
+        """Loss and correct answers of one global batch with running statistics, or with the moving averages of all."""
         self._begin()
         self._feed(self.model.evaluate, batches, 1, 0, 0, False)
-        self.replicas.run(self.model.evaluate, self._agree, self._mark_ready, self._inspector(0, False))
+        self.replicas.run(self.model.evaluate, self._agree, self._mark_ready, self._inspector(0, False), averaged)
         self._count(self.model.evaluate, batches)
         loss, correct, _ = self._sums()
         culprit = self._culprit() if self._first_bad else ""
         return Outcome(sum(len(images) for images, *_ in batches), loss, correct, culprit=culprit)
+
+    def logits(self, batches: Sequence[tuple]) -> list[np.ndarray]:
+        """float32 [images, classes] of each replica of this rank, of the batch that was evaluated last (views)."""
+        found, classes = self.model.evaluate.logits, self.model.options.num_classes
+        rows = zip(self.replicas.all, batches, strict=True)
+        return [replica.memory.read(found)[: len(images), :classes] for replica, (images, *_) in rows]
 
     def _feed(self, recorded: Recorded, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool) -> None:
         control = {"seed": seed, "epoch": epoch, "augment": augment, "grad_scale": self.scaler.scale / count}
         self.sync_bn.begin([len(images) for images, *_ in batches])
         self.replicas.feed(recorded, list(batches), control)
 
-    def _update(self, lr: float, hyper: Hyper) -> None:
-        values = np.zeros(1, HYPER)
-        values["lr"], values["momentum"], values["weight_decay"] = lr, hyper.momentum, hyper.weight_decay
-        values["nesterov"], values["grad_factor"] = hyper.nesterov, 1 / self.scaler.scale
-        self.replicas.memory.write(self.model.hyper, values)
-        self.replicas.run_shared(self.model.update)
+    def _update(self, lr: float, hyper: Hyper, updates: int) -> None:
+        self.optimizer.step(lr, hyper, self.scaler.scale, updates)
         self.sync_bn.commit()
-        self._record("updated", [tensor for p in self.model.parameters for tensor in (p.value, p.momentum)])
-        self._record("updated", [buffer.value for buffer in self.model.state.buffers.values()])
-
-    def _found_non_finite(self) -> bool:
-        """Whether the reduced gradients, the same bits on every rank, hold an infinity or NaN."""
-        self.replicas.run_shared(self.model.check)
-        return bool(self.replicas.memory.read(self.model.found).any())
+        self.optimizer.average()
+        rule, state = self.model.rule, self.model.state
+        self._record("updated", [getattr(p, part) for p in self.model.parameters for part in rule.of_parameters.values()])
+        self._record("updated", [getattr(b, part) for b in state.buffers.values() for part in rule.of_buffers.values()])
 
     def _count(self, recorded: Recorded, batches: Sequence[tuple]) -> None:
         """Adds the loss and the correct answers of each replica; waits for the device."""
@@ -281,34 +276,31 @@ class Trainer:
 
     def digest(self) -> str:
         """SHA-256 over the fp32 parameters and running statistics in the order of their names."""
-        return self._hashed(hashlib.sha256()).hexdigest()
+        return self._hashed(hashlib.sha256(), ("param", "buffer")).hexdigest()
 
     def fingerprint(self) -> bytes:
-        """64 bits over the same values, in less time."""
-        return self._hashed(hashlib.blake2b(digest_size=8)).digest()
+        """64 bits over the same values and their moving averages, in less time."""
+        return self._hashed(hashlib.blake2b(digest_size=8), ("param", "buffer", "ema_param", "ema_buffer")).digest()
 
-    def _hashed(self, total: Any) -> Any:
+    def _hashed(self, total: Any, groups: Collection[str]) -> Any:
         self.replicas.pull_state()
-        views = {name: self.replicas.parameter(name) for name in self.model.state.parameters}
-        views |= {name: self.replicas.buffer(name) for name in self.model.state.buffers}
-        for name in sorted(views):
-            total.update(np.ascontiguousarray(views[name]))
+        views = {name.partition("/")[::-2]: view for name, view in self.replicas.trained().items()}
+        for name, group in sorted(views):
+            if group in groups:
+                total.update(np.ascontiguousarray(views[name, group]))
         return total
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The trained state as a checkpoint stores it: param/, momentum/ and buffer/ by name (copies)."""
+        """The trained state as a checkpoint stores it: param/, momentum/, buffer/ and what else the optimizer keeps, by name
+        (copies).
+        """
         self.replicas.pull_state()
-        state = self.model.state
-        found = {f"param/{name}": self.replicas.parameter(name).copy() for name in state.parameters}
-        found |= {f"momentum/{name}": self.replicas.parameter(name, "momentum").copy() for name in state.parameters}
-        return found | {f"buffer/{name}": self.replicas.buffer(name).copy() for name in state.buffers}
+        return {name: view.copy() for name, view in self.replicas.trained().items()}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """The inverse of `arrays`; names and shapes must be those of the model."""
         self.replicas.device.finish()
-        for key, value in arrays.items():
-            group, name = key.split("/", 1)
-            parts = {"param": "value", "momentum": "momentum"}
-            target = self.replicas.buffer(name) if group == "buffer" else self.replicas.parameter(name, parts[group])
-            target[...] = value
+        views = self.replicas.trained()
+        for name, value in arrays.items():
+            views[name][...] = value
         self.replicas.push_state()

@@ -23,10 +23,11 @@ from dpresnet import environment, trail
 from dpresnet.checkpoint import Checkpoint, load
 from dpresnet.config import Config, from_json
 from dpresnet.errors import DifferentBits, Refused, exit_code
+from dpresnet.evaluation import figures
 from dpresnet.reporter import plain
 
 OF_STEPS = ("epoch", "samples", "loss", "lr", "loss_scale", "skipped")  # what a line of metrics says of a step
-OF_EPOCHS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+OF_EPOCHS = ("train_loss", "train_accuracy")  # and of the epoch, besides the figures of its evaluation
 
 
 @dataclass(frozen=True)
@@ -158,16 +159,16 @@ def steps(course: Any, run: Run, until: int) -> Iterator[tuple[int, dict[str, An
                 outcome = course.step(epoch, micro_batches, trail=marks if progress.step + 1 in run.trails else None)
                 values = (epoch, progress.samples, outcome.loss / outcome.count, lr, scale, course.trainer.scaler.skipped)
                 bar.update()
-                yield progress.step, dict(zip(OF_STEPS, values, strict=True)), marks
+                norm = {"grad_norm": outcome.grad_norm} if run.cfg.clip_norm else {}
+                yield progress.step, dict(zip(OF_STEPS, values, strict=True)) | norm, marks
                 if progress.step == until:
                     return
 
 
 def epoch_line(course: Any) -> dict[str, Any]:
     """What an epoch leaves in the metrics; clears its sums, as training does."""
-    test = course.evaluate()
-    train = course.progress.close_epoch()
-    return dict(zip(OF_EPOCHS, (*train, test.loss / test.count, test.correct / test.count), strict=True))
+    test = figures(course.evaluate())
+    return dict(zip(OF_EPOCHS, course.progress.close_epoch(), strict=True)) | test
 
 
 def parser() -> argparse.ArgumentParser:

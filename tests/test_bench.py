@@ -328,7 +328,7 @@ def launch(kernel, args, writes, flops=0):
 def test_bytes_that_a_launch_touches():
     a, b, table = tensor(100), tensor(50), Constant(np.zeros(3, np.int32))
     assert ops.touched(launch("residual_add", [a, b, np.int32(3), table, a], [b])) == 4 * 150 + 12
-    assert ops.touched(launch("sgd_update", [a, b], [b])) == 4 * 200
+    assert ops.touched(launch("optimizer_sgd", [a, b], [b])) == 4 * 200
 
 
 def test_rows_know_their_limit():

@@ -17,8 +17,9 @@ OTHER = {
     "arch": "resnet50", "stem": "imagenet", "shortcut": "C", "block": "v2", "zero_init_residual": True,
     "num_classes": 7, "dataset": "folder/flowers.h5", "image": 48, "channels": 1, "batch": 5, "replicas": 12,
     "accumulate": 3, "bn": "group:3", "precision": "fp32", "epochs": 3, "steps": 17, "seed": 2**32 - 1, "lr": 0.125,
-    "schedule": "step",
-    "warmup_epochs": 0.5, "momentum": 0.0, "nesterov": False, "weight_decay": 1e-4, "label_smoothing": 0.2,
+    "optimizer": "adamw", "schedule": "step", "warmup_epochs": 0.5, "final_lr": 0.25, "power": 1.5, "milestones": "1,2",
+    "gamma": 0.5, "beta1": 0.5, "beta2": 0.95, "eps": 1e-6, "trust": 0.02, "decay": "weights", "clip_norm": 2.5, "ema": 0.99,
+    "momentum": 0.0, "nesterov": False, "weight_decay": 1e-4, "label_smoothing": 0.2,
     "reduce": "mpi", "wire": "bf16", "bucket_mb": 4.5, "first_bucket_mb": 0.25, "overlap": False,
     "check_every": 7, "timeout": 12.5, "out": "some/where", "resume": "auto",
     "save_every_epochs": 0,
@@ -30,7 +31,13 @@ MAY_CHANGE = {
     "steps", "bucket_mb", "first_bucket_mb", "overlap", "check_every", "timeout", "out", "resume", "save_every_epochs",
     "save_every_steps", "keep", "record_every", "trace", "trace_steps", "device", "threads", "bind", "debug", "dry_run",
 }
-COMPANY = {"image": ["--dataset", "synthetic"], "channels": ["--dataset", "synthetic"]}
+COMPANY = {
+    "image": {"dataset": "synthetic"}, "channels": {"dataset": "synthetic"}, "power": {"schedule": "polynomial"},
+    "milestones": {"schedule": "step"}, "gamma": {"schedule": "step"}, "trust": {"optimizer": "lars"},
+} | {name: {"optimizer": "adamw"} for name in ("beta1", "beta2", "eps")}
+DERIVED = {  # what else follows from a flag
+    "arch": {"out"}, "dataset": {"out"}, "image": {"out"}, "channels": {"out"}, "epochs": {"warmup_epochs"},
+} | {name: {"lr", "weight_decay"} for name in ("optimizer", "beta1", "beta2", "eps")}
 
 
 def argument(name: str, value: object) -> list[str]:
@@ -55,12 +62,12 @@ def test_the_table_of_this_file_covers_every_field():
 
 @pytest.mark.parametrize("name", sorted(set(OTHER) - {"recipe"}))
 def test_each_flag_sets_its_field_and_no_other(name):
-    cfg = parse([*COMPANY.get(name, []), *argument(name, OTHER[name])])
+    company = COMPANY.get(name, {})
+    cfg = parse([word for pair in (*company.items(), (name, OTHER[name])) for word in argument(*pair)])
     assert getattr(cfg, name) == OTHER[name]
     assert type(getattr(cfg, name)) is type(getattr(Config(), name))
-    derived = {"out"} if name in ("arch", "dataset", *COMPANY) else {"warmup_epochs"} if name == "epochs" else set()
     changed = {spec.name for spec in fields(Config) if getattr(cfg, spec.name) != spec.default}
-    assert changed - derived - ({"dataset"} if name in COMPANY else set()) == {name}
+    assert changed - DERIVED.get(name, set()) - set(company) == {name}
 
 
 def test_no_flags_give_the_defaults_and_the_defaults_are_valid():
@@ -72,8 +79,14 @@ def test_the_mpi_library_adds_fp32_only():
         "--wire 'bf16' needs --reduce tree: the MPI library adds fp32 numbers only")
 
 
-def test_all_flags_together_also_joined_by_an_equals_sign():
-    values = OTHER | {"dataset": "synthetic", "reduce": "tree"}
+@pytest.mark.parametrize("choice, meaningless", [
+    ({"optimizer": "adamw", "schedule": "step"}, {"momentum", "nesterov", "trust", "final_lr", "power"}),
+    ({"optimizer": "lars", "schedule": "polynomial"}, {"nesterov", "beta1", "beta2", "eps", "milestones", "gamma"}),
+    ({"optimizer": "sgd", "schedule": "cosine"}, {"beta1", "beta2", "eps", "trust", "milestones", "gamma", "power"}),
+])
+def test_all_flags_together_also_joined_by_an_equals_sign(choice, meaningless):
+    values = OTHER | {"dataset": "synthetic", "reduce": "tree"} | choice
+    values = {name: value for name, value in values.items() if name not in meaningless}
     spaced = parse([word for name, value in values.items() for word in argument(name, value)])
     joined = parse(["=".join(argument(name, value)) for name, value in values.items()])
     assert spaced == joined == Config(**values)
@@ -90,6 +103,11 @@ def test_the_configuration_cannot_be_changed_in_place():
     (["--dataset", "synthetic", "--out", "x"], "out", "x"),
     (["--epochs", "1"], "warmup_epochs", 0.5),
     (["--epochs", "100"], "warmup_epochs", 2.0),
+    (["--epochs", "10", "--schedule", "onecycle"], "warmup_epochs", 3.0),
+    (["--optimizer", "adamw"], "lr", 0.001),
+    (["--optimizer", "adamw"], "weight_decay", 0.01),
+    (["--optimizer", "adamw", "--lr", "0.4"], "lr", 0.4),
+    (["--optimizer", "lars"], "lr", 0.4),
     (["--epochs", "1", "--warmup-epochs", "1"], "warmup_epochs", 1.0),
 ])
 def test_defaults_that_follow_from_other_flags(argv, name, expected):
@@ -151,6 +169,16 @@ def test_help_lists_every_field_in_its_group_with_choices_and_default(capsys, mo
     (["--momentum", "1"], ["--momentum 1.0", "less than 1.0"]),
     (["--label-smoothing", "1"], ["--label-smoothing 1.0", "less than 1.0"]),
     (["--weight-decay", "-0.1"], ["--weight-decay -0.1", "at least 0.0"]),
+    (["--optimizer", "adam"], ["--optimizer 'adam'", "did you mean adamw?"]),
+    (["--decay", "weight"], ["--decay 'weight'", "did you mean weights?"]),
+    (["--optimizer", "adamw", "--eps", "0"], ["--eps 0.0", "at least 1e-30"]),
+    (["--optimizer", "adamw", "--beta2", "1"], ["--beta2 1.0", "less than 1.0"]),
+    (["--optimizer", "lars", "--trust", "0"], ["--trust 0.0", "greater than 0.0"]),
+    (["--clip-norm", "-1"], ["--clip-norm -1.0", "at least 0.0"]),
+    (["--ema", "1"], ["--ema 1.0", "less than 1.0"]),
+    (["--final-lr", "1.5"], ["--final-lr 1.5", "at most 1.0"]),
+    (["--schedule", "step", "--gamma", "0"], ["--gamma 0.0", "greater than 0.0"]),
+    (["--schedule", "polynomial", "--power", "0"], ["--power 0.0", "greater than 0.0"]),
     (["--lr", "nan"], ["--lr nan", "finite"]),
     (["--lr", "inf"], ["--lr inf", "finite"]),
     (["--keep", "0"], ["--keep 0", "at least 1"]),
@@ -160,6 +188,19 @@ def test_help_lists_every_field_in_its_group_with_choices_and_default(capsys, mo
     (["--dataset", "photos.zip"], ["--dataset 'photos.zip'", "FILE.h5"]),
     # fields together
     (["--warmup-epochs", "5", "--epochs", "4"], ["--warmup-epochs 5.0", "--epochs 4", "raise --epochs"]),
+    (["--optimizer", "adamw", "--momentum", "0.8"], ["--momentum 0.8", "no meaning with --optimizer 'adamw'", "sgd or lars"]),
+    (["--optimizer", "lars", "--nesterov"], ["--nesterov True", "no meaning with --optimizer 'lars'", "--optimizer sgd"]),
+    (["--beta1", "0.8"], ["--beta1 0.8", "no meaning with --optimizer 'sgd'", "leave it out, or use --optimizer adamw"]),
+    (["--optimizer", "adamw", "--trust", "0.1"], ["--trust 0.1", "no meaning with --optimizer 'adamw'", "--optimizer lars"]),
+    (["--milestones", "3"], ["--milestones '3'", "no meaning with --schedule 'cosine'", "--schedule step"]),
+    (["--schedule", "constant", "--final-lr", "0"], ["--final-lr 0.0", "no meaning with --schedule 'constant'"]),
+    (["--schedule", "onecycle", "--power", "1"], ["--power 1.0", "no meaning", "--schedule polynomial"]),
+    (["--schedule", "step", "--milestones", "15;20"], ["--milestones '15;20'", "no list of epochs", "15,25"]),
+    (["--schedule", "step", "--milestones", "15,"], ["--milestones '15,'", "no list of epochs"]),
+    (["--schedule", "step", "--milestones", "15,10"], ["--milestones '15,10'", "must rise", "--epochs 25"]),
+    (["--schedule", "step", "--milestones", "0,10"], ["--milestones '0,10'", "above 0"]),
+    (["--schedule", "step", "--milestones", "5,25"], ["--milestones '5,25'", "below --epochs 25"]),
+    (["--schedule", "step", "--milestones", "nan"], ["--milestones 'nan'", "must rise"]),
     (["--image", "64"], ["--image 64", "--dataset synthetic", "leave the flag out"]),
     (["--channels", "3", "--dataset", "a.h5"], ["--channels 3", "'a.h5'", "leave the flag out"]),
     (["--arch", "plain20", "--shortcut", "B"], ["--shortcut 'B'", "plain20", "auto"]),

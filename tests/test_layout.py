@@ -17,7 +17,8 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 # A module may import modules of lower layers only.
 LAYERS = [
     ["trace"],
-    ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
+    ["errors", "evaluation", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "events", "wire",
+     "bench.torch_resnet"],
     ["launcher", "shared"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "recipe", "schedule", "checkpoint", "data", "reporter", "exchange", "buckets", "failure", "bench.facts",
@@ -25,11 +26,11 @@ LAYERS = [
     ["bench.projection", "commandline"],
     ["convolution"],
     ["ops.*", "datasets.*", "state"],
-    ["nn"],
+    ["nn", "update"],
     ["resnet"],
     ["model", "initial"],
     ["replicas"],
-    ["syncbn"],
+    ["syncbn", "optimizer"],
     ["trainer"],
     ["network", "setup", "machine", "course", "tracing"],
     ["classifier"],
@@ -39,12 +40,13 @@ LAYERS = [
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline", "report"],
 ]
-ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
-WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
-               "tuning"]  # fmt: skip
+ALONE = ["trace", "errors", "evaluation", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "wire",
+         "bench.torch_resnet"]  # fmt: skip
+WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "update", "resnet", "model", "initial",
+               "replicas", "optimizer", "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "commandline", "recipe", "amp", "schedule", "checkpoint", "data", "reporter", "environment", "trail"]
-WITHOUT_BOTH += ["events", "explain", "datasets.*", "trace", "timeline", "report", "shared"]
+WITHOUT_BOTH += ["evaluation", "events", "explain", "datasets.*", "trace", "timeline", "report", "shared"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "channel", "child", "step", "memory", "picture",
                                             "projection", "scaling", "theirs")]  # fmt: skip
 

@@ -7,8 +7,8 @@ from test_trainer import HYPER, gradients, make, samples, split, worst
 from dpresnet.amp import LossScaler
 from dpresnet.device import Device, choose_device
 from dpresnet.errors import GaveUp
+from dpresnet.optimizer import Hyper
 from dpresnet.trail import Trail
-from dpresnet.trainer import Hyper
 
 
 @pytest.fixture(scope="module")

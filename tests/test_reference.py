@@ -266,19 +266,6 @@ def test_the_first_largest_logit_is_the_prediction_and_nan_is_never_right():
     assert ref.loss_correct(logits, [1, 2, 0, 0, 0]).tolist() == [1, 0, 1, 0, 0]
 
 
-# (p, m) after each of two steps from p = 1, m = 0 with gradients 0.5, -0.2, lr 0.1, momentum 0.9, decay 0.1:
-# g = 0.5 + 0.1 = 0.6, m = 0.6, p = 1 - 0.06; then g = -0.2 + 0.094 = -0.106, m = 0.54 - 0.106, p = 0.94 - 0.0434.
-# Nesterov: p = 1 - 0.1 (0.6 + 0.54); then g = -0.2 + 0.0886 = -0.1114, m = 0.54 + g, p = 0.886 - 0.1 (g + 0.9 m).
-BY_HAND = [(False, (0.94, 0.6), (0.8966, 0.434)), (True, (0.886, 0.6), (0.858566, 0.4286))]
-
-
-@pytest.mark.parametrize(("nesterov", "first", "second"), BY_HAND)
-def test_sgd_by_hand(nesterov, first, second):
-    state = ref.sgd_update(1.0, 0.5, 0.0, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
-    assert close(state, first)
-    assert close(ref.sgd_update(state[0], -0.2, state[1], 0.1, 0.9, 0.1, nesterov), second)
-
-
 def mix_by_definition(x: int) -> int:
     x = (x ^ x >> 16) * 0x7FEB352D % 2**32
     x = (x ^ x >> 15) * 0x846CA68B % 2**32

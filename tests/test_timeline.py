@@ -21,7 +21,7 @@ def part(rank: int, late: float) -> Part:
         add("host", "forward and backward", 0, 7)
         add("host", "statistics of bn1", 2, 3, **EXCHANGE)
         add("host", "wait for gradients", 7, 9)
-        add("device", "update", -1, 0.5, kernel="sgd_update")  # of the step before
+        add("device", "update", -1, 0.5, kernel="optimizer_sgd")  # of the step before
         add("device", "input", 0.5, 2, kernel="augment_normalise")
         add("device", "loss", 3, 4, kernel="loss_softmax")
         add("device", "conv1.weight.grad", 4, 6, kernel="conv_weight")

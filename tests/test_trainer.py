@@ -13,9 +13,10 @@ from dpresnet.errors import GaveUp
 from dpresnet.initial import initial_state
 from dpresnet.model import Model
 from dpresnet.ops import winograd
+from dpresnet.optimizer import Hyper
 from dpresnet.plan import Exchange
 from dpresnet.resnet import Options
-from dpresnet.trainer import Hyper, Trainer
+from dpresnet.trainer import Trainer
 
 IMAGE, CLASSES = (3, 8, 8), 5
 HYPER = Hyper(momentum=0.9, weight_decay=1e-3, nesterov=True)

@@ -19,7 +19,7 @@ from dpresnet.bench.workload import Facts, Workload
 PROBES = 24  # of multiply-adds, per round
 LARGE, SMALL = 6.0, 0.5  # bytes of a stream's arrays in last-level caches: through memory, within the cache
 CONVOLUTIONS = ("conv", "winograd")  # stems, but not their packing of weights
-UPDATED_IN_PLACE = ("sgd_update",)  # kernels that read what they write
+UPDATED_IN_PLACE = ("optimizer_sgd", "optimizer_lars", "optimizer_adamw", "optimizer_average")  # these read what they write
 
 
 @dataclass
@@ -101,7 +101,7 @@ def merged(profiles: list[Facts]) -> Facts:
 def plans_of(model: Any) -> dict[str, Any]:
     """Everything that a step or an evaluation replays."""
     names = {"train": model.train.plan, "evaluate": model.evaluate.plan, "prepare": model.evaluate.prepare}
-    return names | {"check": model.check, "update": model.update}
+    return names | {"check": model.update.check, "update": model.update.apply}
 
 
 def one_round(side: Any, probes: Any, launches: int) -> tuple[Round, list]:

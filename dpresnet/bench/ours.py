@@ -21,12 +21,13 @@ from dpresnet.config import statistics_group
 from dpresnet.device import Device, choose_device
 from dpresnet.initial import initial_state
 from dpresnet.model import Model, Pixels
+from dpresnet.optimizer import Hyper
 from dpresnet.plan import Exchange, Launch
 from dpresnet.replicas import share_gradients
 from dpresnet.resnet import Options
 from dpresnet.setup import in_turn
 from dpresnet.trace import covered
-from dpresnet.trainer import Hyper, Trainer
+from dpresnet.trainer import Trainer
 
 BATCHES = 2  # fed in turn
 WARM_STEPS = 3

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dpresnet
-from dpresnet import reference
+from dpresnet import reference, reference_optimizer
 
 CIFAR, IMAGENET = {"stem": "cifar"}, {"stem": "imagenet"}
 
@@ -182,7 +182,7 @@ def test_reference_sgd(momentum, nesterov, weight_decay):
         gradient = draw(11, seed=i + 1)
         theirs.grad, optimizer.param_groups[0]["lr"] = torch.tensor(gradient), lr
         optimizer.step()
-        ours, buffer = reference.sgd_update(ours, gradient, buffer, lr, **options)
+        ours, buffer = reference_optimizer.optimizer_sgd(ours, gradient, buffer, lr, **options)
         agree(ours, theirs)
 
 

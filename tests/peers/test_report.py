@@ -68,17 +68,17 @@ def test_a_page_tells_what_the_files_tell_and_fetches_nothing(real, tmp_path):
 
 def test_several_runs_share_the_page(real, tmp_path):
     names = ["<b>cat", "dog & co"]
-    confusion = {"class_names": names, "counts": [[3, 1], [0, 4]]}
+    confusion = {"classes": names, "matrix": [[3, 1], [0, 4]], "ema_matrix": [[4, 0], [0, 4]]}
     other = folder(tmp_path / "<i>other", [step(1), step(2, loss=None)], {"arch": "<b>", "lr": 7.0}, confusion=confusion)
     text = report.page([report.load(real), report.load(other)])
     cells = Cells(text)
-    assert cells.tags.isdisjoint({"b", "i"}) and len(cells.sources) == 2
+    assert cells.tags.isdisjoint({"b", "i"}) and len(cells.sources) == 4
     assert ["arch", "resnet20", "<b>"] in cells.marked and ["lr", "0.4", "7"] in cells.marked
-    assert re.search("Confusion matrix of &lt;i&gt;other", text)
+    assert "moving average" in text and re.search("Confusion matrix of &lt;i&gt;other", text)
 
 
 @pytest.mark.parametrize("classes", [1, 21, 100])
 def test_confusion_of_few_and_many_classes(classes):
     counts = [[int(row == column) for column in range(classes)] for row in range(classes)]
-    picture = report.draw_confusion({"class_names": [f"class {k}" for k in range(classes)], "counts": counts})
+    picture = report.draw_confusion([f"class {k}" for k in range(classes)], counts)
     assert base64.b64decode(picture).startswith(PNG)
