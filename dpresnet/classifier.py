@@ -54,10 +54,11 @@ class Samples:
 class Classifier:
     """The network of the checkpoint ``path``, in one process, ``batch`` images at a time (0: as many as a replica trained on).
 
-    Raises Refused for a file that is no checkpoint, or one of a version that did not note its classes.
+    With ``ema`` the moving averages of the parameters answer, if the run kept any; ``averaged`` says whether they do. Raises
+    Refused for a file that is no checkpoint, or one of a version that did not note its classes.
     """
 
-    def __init__(self, path: str | Path, batch: int = 0, device: str = "auto"):
+    def __init__(self, path: str | Path, batch: int = 0, device: str = "auto", ema: bool = True):
         if batch < 0:
             raise Refused(f"batch {batch}: at least 1, or 0 for the one of training")
         self.saved = saved = checkpoint.load(path)
@@ -70,6 +71,7 @@ class Classifier:
         self._trainer = build_trainer(cfg, self._model, Solo())
         check_arrays(self._trainer, saved, cfg.arch)
         self._trainer.restore(saved.arrays)
+        self.averaged = ema and self._model.rule.ema
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -94,6 +96,6 @@ class Classifier:
     def batches(self, split: Split) -> Iterator[tuple[np.ndarray, float]]:
         """The logits [n, classes] and the summed loss of one batch after the other, in the order of the split."""
         for batch in Loader(split, np.arange(len(split)), 1, self.cfg.batch, range(1)):
-            outcome = self._trainer.evaluate(batch.shards)
-            logits = self._trainer.replicas.all[0].memory.read(self._model.evaluate.logits)
-            yield logits[: batch.count, : len(self.class_names)].copy(), outcome.loss
+            outcome = self._trainer.evaluate(batch.shards, self.averaged)
+            (logits,) = self._trainer.logits(batch.shards)
+            yield logits[:, : len(self.class_names)].copy(), outcome.loss
