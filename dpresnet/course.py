@@ -72,6 +72,9 @@ class Course:
             self.progress = Progress()
             return
         expected = {name: array.shape for name, array in self.trainer.arrays().items()}
+        if lacking := sorted(expected.keys() - saved.arrays.keys()):
+            needs = f"{self.cfg.arch} with --optimizer {self.cfg.optimizer} and --ema {self.cfg.ema} needs"
+            raise Refused(f"checkpoint {saved.path} lacks {lacking[0]}, which {needs}: resume from another, or start anew")
         if expected != {name: array.shape for name, array in saved.arrays.items()}:
             raise Refused(f"checkpoint {saved.path}: its arrays are not those of {self.cfg.arch} with these options")
         self.trainer.restore(saved.arrays)
