@@ -69,7 +69,7 @@ class Classifier:
         self.cfg = cfg = replace(cfg, replicas=1, bn="sync", accumulate=1, batch=batch or cfg.batch, debug=False)
         self._model = build_model(Device(choose_device(device)), cfg, self.samples)
         self._trainer = build_trainer(cfg, self._model, Solo())
-        check_arrays(self._trainer, saved, cfg.arch)
+        check_arrays(self._trainer, saved, cfg)
         self._trainer.restore(saved.arrays)
         self.averaged = ema and self._model.rule.ema
 

@@ -71,7 +71,7 @@ class Course:
             self.trainer.restore(self.trainer.comm.bcast(initial_state(model.state, self.cfg.seed, model.rule)))
             self.progress = Progress()
             return
-        check_arrays(self.trainer, saved, self.cfg.arch)
+        check_arrays(self.trainer, saved, self.cfg)
         self.trainer.restore(saved.arrays)
         self.trainer.scaler = LossScaler.from_dict(saved.meta["scaler"])
         self.progress = Progress(**saved.meta["progress"])
@@ -127,8 +127,11 @@ class Course:
         return Evaluation(self.cfg.num_classes, loss, joined(self.trainer.comm.gather(joined(parts))), culprit)
 
 
-def check_arrays(trainer: Trainer, saved: Checkpoint, arch: str) -> None:
-    """Refuses a checkpoint of another network."""
+def check_arrays(trainer: Trainer, saved: Checkpoint, cfg: Config) -> None:
+    """Refuses a checkpoint of another network, or one that lacks what the optimizer keeps."""
     expected = {name: array.shape for name, array in trainer.arrays().items()}
+    if lacking := sorted(expected.keys() - saved.arrays.keys()):
+        needs = f"{cfg.arch} with --optimizer {cfg.optimizer} and --ema {cfg.ema} needs"
+        raise Refused(f"checkpoint {saved.path} lacks {lacking[0]}, which {needs}: resume from another, or start anew")
     if expected != {name: array.shape for name, array in saved.arrays.items()}:
-        raise Refused(f"checkpoint {saved.path}: its arrays are not those of {arch} with these options")
+        raise Refused(f"checkpoint {saved.path}: its arrays are not those of {cfg.arch} with these options")

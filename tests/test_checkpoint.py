@@ -75,6 +75,18 @@ def test_round_trip_is_bit_exact(tmp_path):
     same(load(path).arrays, state())
 
 
+def test_kinds_that_only_some_runs_have_come_back_too(good, tmp_path):
+    """Without them a file has the groups that it always had."""
+    more = {f"{kind}/fc.bias": np.arange(3, dtype=np.float32) for kind in ("second_moment", "ema_param", "ema_buffer")}
+    path = save(tmp_path, 1, state() | more, META, keep=1)
+    same(load(path).arrays, state() | more)
+    for data, groups in ((path.read_bytes(), {"second_moment", "ema_param", "ema_buffer"}), (good, set())):
+        with h5py.File(io.BytesIO(data)) as file:
+            assert set(file) == {"buffer", "meta", "momentum", "param"} | groups
+    with pytest.raises(ValueError, match="third_moment/fc"):
+        save(tmp_path, 2, {"third_moment/fc.bias": np.zeros(1)}, META, keep=1)
+
+
 def test_bytes_are_as_documented_and_a_function_of_the_content(good, tmp_path):
     time.sleep(1.1)  # HDF5's time stamps count seconds
     path = save(tmp_path, 1, dict(reversed(state().items())), META, keep=1)
