@@ -17,8 +17,8 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 # A module may import modules of lower layers only.
 LAYERS = [
     ["trace"],
-    ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
-    ["launcher", "shared"],
+    ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "wire", "stall", "bench.torch_resnet"],
+    ["launcher", "shared", "datasets.filesplit"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "commandline", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags", "bench.channel"],
@@ -38,7 +38,7 @@ LAYERS = [
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
 ]
-ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
+ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "stall", "bench.torch_resnet"]
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
                "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
