@@ -153,12 +153,16 @@ def _write_attributes(file: h5py.File, dataset: Dataset) -> None:
 
 def _write_split(group: h5py.Group, split: Split, chunk_bytes: int, gzip: int | None) -> None:
     for name, array, dtype in (("images", split.images, "u1"), ("labels", split.labels, "<i4")):
-        row_bytes = array.dtype.itemsize * prod(array.shape[1:])
-        rows = min(len(array), max(1, chunk_bytes // row_bytes))
-        chunks = (rows, *array.shape[1:])
-        stored = group.create_dataset(name, array.shape, dtype, chunks=chunks, fletcher32=True, compression=gzip)
-        for first, block in _blocks(array, rows):
-            stored[first : first + len(block)] = block
+        _write_array(group, name, array, dtype, chunk_bytes, gzip)
+
+
+def _write_array(group: h5py.Group, name: str, array: np.ndarray, dtype: str, chunk_bytes: int, gzip: int | None) -> None:
+    row_bytes = array.dtype.itemsize * prod(array.shape[1:])
+    rows = min(len(array), max(1, chunk_bytes // row_bytes))
+    chunks = (rows, *array.shape[1:])
+    stored = group.create_dataset(name, array.shape, dtype, chunks=chunks, fletcher32=True, compression=gzip)
+    for first, block in _blocks(array, rows):
+        stored[first : first + len(block)] = block
 
 
 def read(path: str | Path, budget_bytes: float = inf) -> Dataset:
