@@ -22,6 +22,7 @@ CONTENT_SHA256 = "f67d6a29d0e1f70e7f0cd9dcf25816b694881f4b8f27f5cc1db59551f0499f
 
 SPLIT_SEED = 0
 CLASSES = 10
+CHUNK_BYTES, GZIP = 1 << 20, 9  # a small file, which is read whole
 HIGHEST = 16  # a value counts the dark ones of 4 x 4 pixels
 
 
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> None:
     bunch = load_digits()
     path = Path(arguments[0]) if arguments else Path(__file__).with_name("digits.h5")
     dataset = build(bunch.images, bunch.target)
-    schema.write(path, dataset)
+    schema.write(path, dataset, CHUNK_BYTES, GZIP)
     print(f"{path}: {len(dataset.train)} + {len(dataset.test)} samples, fingerprint {dataset.fingerprint}")
 
 

@@ -7,23 +7,28 @@ written). All text is stored with a fixed length: that puts it in object headers
 variable length lies in a heap that nothing protects.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, inf, prod
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from dpresnet.datasets.filesplit import FileSplit
 from dpresnet.errors import Refused
 
 FORMAT, VERSION = "dpresnet-dataset", 1
 SPLITS = ("train", "test")
 
 _TEXTS = ("name", "source", "licence")
-_CHUNK_BYTES = 1 << 20  # what HDF5 caches per data set, so a chunk is decompressed once when it is read in rows
+_CHUNK_BYTES = 1 << 14  # little is read in vain where samples are read in any order
+_LARGEST_CHUNK_BYTES = 1 << 24  # that samples are read from one by one
+_BLOCK_BYTES = 1 << 22  # of a split that is handled at a time
 _FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 
 
@@ -31,8 +36,9 @@ _FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FL
 class Split:
     """Samples in memory: ``images`` uint8 [N, C, H, W] and ``labels`` int32 [N].
 
-    Whoever feeds a network needs only ``labels``, ``shape``, ``len()`` and ``take``; a split that reads its file chunk
-    by chunk has the same four.
+    Whoever feeds a network needs only ``labels``, ``shape``, ``len()`` and ``take``; a `FileSplit` has the same four.
+    To be written, ``images`` need only ``dtype``, ``shape``, ``ndim``, ``size``, ``len()`` and slices of rows, so they may be
+    mapped from a file or put together as they are asked for.
     """
 
     images: np.ndarray
@@ -62,8 +68,8 @@ class Dataset:
     mean: np.ndarray
     std: np.ndarray
     fingerprint: str
-    train: Split
-    test: Split
+    train: Split | FileSplit
+    test: Split | FileSplit
 
     @property
     def classes(self) -> int:
@@ -88,9 +94,9 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     values = np.arange(256) / 255
     counts = np.zeros((images.shape[1], 256), np.int64)
-    for first in range(0, len(images), 1024):  # np.bincount makes an int64 copy
+    for _, block in _blocks(images):
         for channel, row in enumerate(counts):
-            row += np.bincount(images[first : first + 1024, channel].reshape(-1), minlength=256)
+            row += np.bincount(block[:, channel].reshape(-1), minlength=256)
     share = counts / counts.sum(axis=1, keepdims=True)
     mean = share @ values
     deviation = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
@@ -103,47 +109,75 @@ def fingerprint(train: Split, test: Split) -> str:
     for name, split in zip(SPLITS, (train, test), strict=True):
         for part, array, dtype in (("images", split.images, "u1"), ("labels", split.labels, "<i4")):
             digest.update(f"{name}/{part} {dtype} {'x'.join(map(str, array.shape))}\n".encode())
-            digest.update(np.ascontiguousarray(array, dtype))
+            for _, block in _blocks(array):
+                digest.update(np.ascontiguousarray(block, dtype))
     return digest.hexdigest()
 
 
-def write(path: str | Path, dataset: Dataset) -> None:
-    """Write ``dataset`` to ``path``; ValueError if the format cannot hold it.
+def _blocks(array: np.ndarray, rows: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    """The array in slices of whole ``rows``, each with its first row: memory is bounded also where it is not in memory."""
+    row_bytes = array.dtype.itemsize * prod(array.shape[1:])
+    step = rows * max(1, _BLOCK_BYTES // max(1, rows * row_bytes))
+    for first in range(0, len(array), step):
+        yield first, array[first : first + step]
+
+
+def write(path: str | Path, dataset: Dataset, chunk_bytes: int = _CHUNK_BYTES, gzip: int | None = None) -> None:
+    """Write ``dataset`` to ``path``, in chunks of about ``chunk_bytes`` but at least one sample, compressed at a level of
+    ``gzip`` if given; ValueError if the format cannot hold it.
 
     Equal content gives equal bytes with the same build of HDF5 and zlib, as nothing in a file depends on when or where
     it was made (from h5py 3.15 on: older ones put the time into groups).
     """
     _check(dataset)
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")  # a file under the final name is complete
-    with h5py.File(partial, "w", libver=("v110", "v110")) as file:  # older formats have no checksums on metadata
-        file.attrs["version"] = np.int32(VERSION)
-        texts = {name: getattr(dataset, name) for name in (*_TEXTS, "fingerprint")}
-        for name, text in (texts | {"format": FORMAT, "class_names": json.dumps(dataset.class_names)}).items():
-            encoded = text.encode() or b"\0"  # HDF5 has no text of length 0
-            file.attrs.create(name, np.array(encoded), dtype=h5py.string_dtype("utf-8", len(encoded)))
-        file.attrs["mean"], file.attrs["std"] = dataset.mean, dataset.std
-        for name in SPLITS:
-            _write_split(file.create_group(name), getattr(dataset, name))
-    os.replace(partial, path)
+    unfinished = path.with_name(path.name + ".unfinished")  # a file under the final name is complete
+    try:
+        with h5py.File(unfinished, "w", libver=("v110", "v110")) as file:  # older formats have no checksums on metadata
+            _write_attributes(file, dataset)
+            for name in SPLITS:
+                _write_split(file.create_group(name), getattr(dataset, name), chunk_bytes, gzip)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def _write_split(group: h5py.Group, split: Split) -> None:
+def _write_attributes(file: h5py.File, dataset: Dataset) -> None:
+    file.attrs["version"] = np.int32(VERSION)
+    texts = {name: getattr(dataset, name) for name in (*_TEXTS, "fingerprint")}
+    for name, text in (texts | {"format": FORMAT, "class_names": json.dumps(dataset.class_names)}).items():
+        encoded = text.encode() or b"\0"  # HDF5 has no text of length 0
+        file.attrs.create(name, np.array(encoded), dtype=h5py.string_dtype("utf-8", len(encoded)))
+    file.attrs["mean"], file.attrs["std"] = dataset.mean, dataset.std
+
+
+def _write_split(group: h5py.Group, split: Split, chunk_bytes: int, gzip: int | None) -> None:
     for name, array, dtype in (("images", split.images, "u1"), ("labels", split.labels, "<i4")):
-        rows = min(len(array), max(1, _CHUNK_BYTES // array[0].nbytes))
-        chunks = (rows, *array.shape[1:])
-        group.create_dataset(name, data=array, dtype=dtype, chunks=chunks, fletcher32=True, compression=9)
+        _write_array(group, name, array, dtype, chunk_bytes, gzip)
 
 
-def read(path: str | Path) -> Dataset:
-    """Read and verify a file of this format into memory; Refused with the reason if it is not one or is damaged."""
+def _write_array(group: h5py.Group, name: str, array: np.ndarray, dtype: str, chunk_bytes: int, gzip: int | None) -> None:
+    row_bytes = array.dtype.itemsize * prod(array.shape[1:])
+    rows = min(len(array), max(1, chunk_bytes // row_bytes))
+    chunks = (rows, *array.shape[1:])
+    stored = group.create_dataset(name, array.shape, dtype, chunks=chunks, fletcher32=True, compression=gzip)
+    for first, block in _blocks(array, rows):
+        stored[first : first + len(block)] = block
+
+
+def read(path: str | Path, budget_bytes: float = inf) -> Dataset:
+    """Read and verify a file of this format; Refused with the reason if it is not one or is damaged.
+
+    If the images of both splits take more than ``budget_bytes`` they stay in the file: the splits are `FileSplit`, whose
+    chunks are verified when they are read, and the file stays open. The fingerprint is then taken as the file has it.
+    """
     try:
         with open(path, "rb"):  # h5py words these errors less well
             pass
     except OSError as error:
         raise Refused(f"dataset {path} cannot be opened: {error.strerror}") from error
     try:
-        dataset = _read(Path(path))
+        dataset = _read(Path(path), budget_bytes)
         _check(dataset)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:  # whatever h5py may raise
         raise Refused(f"dataset {path} refused: {_reason(error)}; datasets/README.md describes the format") from error
@@ -155,10 +189,11 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _read(path: Path) -> Dataset:
+def _read(path: Path, budget_bytes: float) -> Dataset:
     if not h5py.is_hdf5(path):
         raise ValueError("it is not an HDF5 file")
-    with h5py.File(path, "r", locking="best-effort") as file:  # network file systems may not support locks
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(h5py.File(path, "r", locking="best-effort"))  # network file systems may not support locks
         if _text(file, "format") != FORMAT:
             raise ValueError(f'its attribute "format" is {_text(file, "format")!r}, not {FORMAT!r}')
         if (version := int(_attribute(file, "version"))) != VERSION:
@@ -166,8 +201,12 @@ def _read(path: Path) -> Dataset:
         texts = [_text(file, name) for name in _TEXTS]
         names = json.loads(_text(file, "class_names"))
         numbers = [_attribute(file, name) for name in ("mean", "std")]
-        train, test = (_admit_split(file, name) for name in SPLITS)
-        splits = [Split(*map(_read_rows, datasets)) for datasets in (train, test)]
+        admitted = [_admit_split(file, name) for name in SPLITS]
+        if sum(images.size for images, _ in admitted) <= budget_bytes:
+            splits = [Split(*map(_read_rows, datasets)) for datasets in admitted]
+        else:
+            splits = [_stay(*datasets) for datasets in admitted]
+            opened.pop_all()
         return Dataset(*texts, tuple(names), *numbers, _text(file, "fingerprint"), *splits)
 
 
@@ -220,6 +259,14 @@ def _admit_dataset(dataset: h5py.Dataset, dtype: str, dimensions: int) -> None:
         raise ValueError(f"{dataset.name} has {stored} chunks instead of {expected}, it was not written to the end")
 
 
+def _stay(images: h5py.Dataset, labels: h5py.Dataset) -> FileSplit:
+    """A split whose images are not read; ValueError if a sample of it would take much memory."""
+    if prod(images.chunks) > max(_LARGEST_CHUNK_BYTES, prod(images.shape[1:])):
+        raise ValueError(f"{images.name} does not fit into the memory allowed (--data-mb), and has chunks of {images.chunks}, "
+                         "too large to read samples from: allow more, or write it again by schema.write")  # fmt: skip
+    return FileSplit(images, _read_rows(labels))
+
+
 def _read_rows(dataset: h5py.Dataset) -> np.ndarray:
     """The whole data set, a row of chunks at a time, so that an error tells where the damage is."""
     array = np.empty(dataset.shape, dataset.dtype)
@@ -244,11 +291,13 @@ def _check(dataset: Dataset) -> None:
             raise ValueError(f"{name} is {values!r}, not {channels} finite float32")
     if (dataset.std <= 0).any():
         raise ValueError(f"std is {dataset.std!r}, not positive")
+    if isinstance(dataset.train, FileSplit):
+        return
     if (actual := fingerprint(dataset.train, dataset.test)) != dataset.fingerprint:
         raise ValueError(f"its content has the fingerprint {actual}, the file says {dataset.fingerprint}")
 
 
-def _check_split(name: str, split: Split, dataset: Dataset) -> None:
+def _check_split(name: str, split: Split | FileSplit, dataset: Dataset) -> None:
     images, labels = split.images, split.labels
     if images.dtype != np.uint8 or labels.dtype != np.int32 or images.ndim != 4 or labels.shape != images.shape[:1]:
         raise ValueError(f"{name} has images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}")

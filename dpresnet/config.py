@@ -33,6 +33,7 @@ RESUMABLE = frozenset({
     "bucket_mb", "first_bucket_mb", "overlap",  # sums are taken element by element, wherever buckets end and whenever they go
     "out", "resume", "save_every_epochs", "save_every_steps", "keep", "record_every", "tensorboard", "trace", "trace_steps",
     "device", "threads", "bind", "debug", "dry_run",
+    "data_mb",  # the samples are the same, from memory or from the file
 })
 """The fields that a resumed run may change, because they do not enter the mathematics. ``epochs`` joins them where the
 schedule is "constant", and a data set may move to another folder: its fingerprint is compared when it is opened."""
@@ -64,6 +65,8 @@ class Config:
                          metavar="NAME|FILE.h5")
     image: int = _flag(32, "data", "height and width in pixels, for synthetic only", least=1)
     channels: int = _flag(3, "data", "colour channels, for synthetic only", least=1)
+    data_mb: float = _flag(4096.0, "data", "MiB of samples that a rank keeps in memory; a larger file is read again in every "
+                           "epoch", above=0.0)
 
     recipe: str = _flag("", "run", "settings to start from; the flags beside it win", metavar="NAME|FILE.toml", shown="none")
     batch: int = _flag(32, "run", "samples per replica and step", least=1)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +17,11 @@ import numpy as np
 
 from . import trace
 from .datasets import schema
+from .datasets.filesplit import FileSplit
 from .datasets.schema import Dataset, Split
 from .errors import Refused
 
-__all__ = ["Batch", "Dataset", "Loader", "Shard", "Split", "load", "order", "permutation", "steps_per_epoch"]
+__all__ = ["Batch", "Dataset", "FileSplit", "Loader", "Shard", "Split", "load", "order", "permutation", "steps_per_epoch"]
 
 DIGITS = Path(schema.__file__).with_name("digits.h5")
 
@@ -32,17 +33,18 @@ _GRID, _SHIFTS = 4, 4096
 _PATTERN_LEVELS, _NOISE_LEVELS = 192, 64  # a sum of one of each fits in a byte
 
 
-def load(name: str, seed: int = 0, image: int = 32, channels: int = 3, classes: int = 10) -> Dataset:
+def load(name: str, seed: int = 0, image: int = 32, channels: int = 3, classes: int = 10, budget_bytes: float = inf) -> Dataset:
     """The data set ``name``: "digits", "synthetic" or the path of a file in the format of ``datasets/README.md``.
 
-    ``seed``, ``image``, ``channels`` and ``classes`` (0: ten) shape the synthetic one only. Files are read into memory.
+    ``seed``, ``image``, ``channels`` and ``classes`` (0: ten) shape the synthetic one only. Files are read into memory,
+    unless their images take more than ``budget_bytes``: then a batch is read when it is taken (`schema.read`).
     Raises Refused, without the name of the host, for a file that is missing, foreign or damaged.
     """
     if name == "synthetic":
         return _synthetic(seed, image, channels, classes or 10)
     if name != "digits" and not Path(name).exists():
         raise Refused(f"dataset {name!r} does not exist: give digits, synthetic or the path of an HDF5 file")
-    return schema.read(DIGITS if name == "digits" else name)
+    return schema.read(DIGITS if name == "digits" else name, budget_bytes)
 
 
 def permutation(n: int, key: tuple[int, int]) -> np.ndarray:
@@ -108,7 +110,7 @@ class Loader:
     and it ends with the iteration, whether that is exhausted, left early or failed.
     """
 
-    split: Split
+    split: Split | FileSplit
     order: np.ndarray
     replicas: int
     batch: int

@@ -2,14 +2,15 @@
 
 metrics.jsonl holds one JSON object per line, flushed as it is written; a number that is not finite is null.
 
-    a step    step, epoch, samples, loss, lr, loss_scale, skipped, images_per_s
+    a step    step, epoch, samples, loss, lr, loss_scale, skipped, images_per_s, input_ms
               with --clip-norm also grad_norm, that of the gradient before it was limited, null in a step that was skipped
     an epoch  step, epoch, samples, train_loss, train_accuracy, test_loss, test_accuracy, with more than five classes
               test_top5, with --ema the last three also as ema_test_...
 
 `step` and `samples` count what is done including this line's, `epoch` counts from 0 (the display from 1), `loss` is
-per sample and unscaled, `skipped` counts the steps dropped so far, accuracies are fractions of 1. An epoch's line
-follows its last step's, and comes before the checkpoint of that step; then resuming leaves no line out and none twice.
+per sample and unscaled, `skipped` counts the steps dropped so far, accuracies are fractions of 1, `input_ms` are the
+milliseconds that the step waited for its images. An epoch's line follows its last step's, and comes before the
+checkpoint of that step; then resuming leaves no line out and none twice.
 """
 
 import functools

@@ -41,6 +41,7 @@ from dpresnet.setup import (
     resolve,
     straggler,
 )
+from dpresnet.stall import Stall
 from dpresnet.tracing import Tracer, check_path
 from dpresnet.trail import Trail
 from dpresnet.trainer import Outcome
@@ -61,7 +62,7 @@ class Session:
         self._wait_at_most(cfg.timeout, SLOW_S)
         self.folder, self.trails, self.events = (Path(cfg.out) / name for name in ("checkpoints", "trail", "events"))
         saved, rejected = from_rank_0(comm, lambda: find_checkpoint(cfg))
-        self.dataset = load(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
+        self.dataset = load(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes, cfg.data_mb * 2**20)
         self.cfg = cfg = resolve(cfg, self.dataset, comm.size, from_json(saved.meta["config"]) if saved else None)
         if saved:
             check_resume(saved.meta["config"], cfg)
@@ -91,7 +92,7 @@ class Session:
         self.reporter = Reporter(Path(cfg.out), cfg, ranks=comm.size, enabled=comm.rank == 0)
         self.tracer = Tracer(cfg, comm, self.trainer.replicas, self.reporter.note)
         self.failed_saves, self.saved_step = 0, self.progress.step if saved else -1
-        self.train_s, self.trained = 0.0, 0
+        self.train_s, self.trained, self.stall = 0.0, 0, Stall()
         self.busy_s, self.slowest = 0.0, {}  # since the ranks were compared last; what that has shown
         for note in notes:
             self.reporter.note(note)
@@ -187,7 +188,7 @@ class Session:
 
     def _step(self, epoch: int, micro_batches: list[Batch], stop: StopFlag, began: float) -> Outcome:
         """One training step and its line in the report; its time counts from ``began``, when its images were asked for."""
-        cfg, progress = self.cfg, self.progress
+        cfg, progress, waited_s = self.cfg, self.progress, time.monotonic() - began
         lr, scale = self.course.lr, self.trainer.scaler.scale
         recorded = Trail() if cfg.record_every and (progress.step + 1) % cfg.record_every == 0 else None
         self.comm.events.step, before = progress.step + 1, self.comm.traffic
@@ -204,8 +205,11 @@ class Session:
         norm = {"grad_norm": outcome.grad_norm} if cfg.clip_norm else {}
         self.reporter.step(progress.step, epoch, progress.samples, outcome.loss / outcome.count, lr, scale,
                            self.trainer.scaler.skipped, outcome.correct / outcome.count, outcome.count / seconds,
-                           **norm, **self.slowest, **(traffic.metrics if self.comm.size > 1 else {}))  # fmt: skip
+                           input_ms=1e3 * waited_s, **norm, **self.slowest,
+                           **(traffic.metrics if self.comm.size > 1 else {}))  # fmt: skip
         self.slowest = {}
+        if stalled := self.stall.add(waited_s, seconds):
+            self.reporter.note(stalled)
         if outcome.culprit:
             self.reporter.note(f"step {progress.step} skipped: {outcome.culprit}")
         if cfg.check_every and progress.step % cfg.check_every == 0:

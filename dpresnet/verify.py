@@ -126,7 +126,7 @@ def build(run: Run, saved: Checkpoint | None) -> Any:
     from dpresnet.setup import build_model, build_trainer, check_dataset
 
     cfg = run.cfg
-    dataset = load_data(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
+    dataset = load_data(cfg.dataset, cfg.seed, cfg.image, cfg.channels, cfg.num_classes, cfg.data_mb * 2**20)
     check_dataset(saved, dataset, cfg.dataset)
     trainer = build_trainer(cfg, build_model(Device(choose_device(cfg.device)), cfg, dataset), Solo())
     course = Course(cfg, dataset, trainer)

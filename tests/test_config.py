@@ -15,7 +15,7 @@ RESOLVED = Config(replicas=4, num_classes=10, shortcut="A")
 OTHER = {
     "recipe": "digits-resnet20",
     "arch": "resnet50", "stem": "imagenet", "shortcut": "C", "block": "v2", "zero_init_residual": True,
-    "num_classes": 7, "dataset": "folder/flowers.h5", "image": 48, "channels": 1, "batch": 5, "replicas": 12,
+    "num_classes": 7, "dataset": "folder/flowers.h5", "image": 48, "channels": 1, "data_mb": 0.5, "batch": 5, "replicas": 12,
     "accumulate": 3, "bn": "group:3", "precision": "fp32", "epochs": 3, "steps": 17, "seed": 2**32 - 1, "lr": 0.125,
     "optimizer": "adamw", "schedule": "step", "warmup_epochs": 0.5, "final_lr": 0.25, "power": 1.5, "milestones": "1,2",
     "gamma": 0.5, "beta1": 0.5, "beta2": 0.95, "eps": 1e-6, "trust": 0.02, "decay": "weights", "clip_norm": 2.5, "ema": 0.99,
@@ -27,7 +27,7 @@ OTHER = {
     "device": "pocl", "threads": 2, "bind": False, "debug": True, "dry_run": True,
 }
 MAY_CHANGE = {
-    "recipe", "tensorboard",
+    "recipe", "tensorboard", "data_mb",
     "steps", "bucket_mb", "first_bucket_mb", "overlap", "check_every", "timeout", "out", "resume", "save_every_epochs",
     "save_every_steps", "keep", "record_every", "trace", "trace_steps", "device", "threads", "bind", "debug", "dry_run",
 }
@@ -164,6 +164,7 @@ def test_help_lists_every_field_in_its_group_with_choices_and_default(capsys, mo
     (["--steps", "-1"], ["--steps -1", "at least 0"]),
     (["--replicas", "-1"], ["--replicas -1", "at least 0"]),
     (["--seed", str(2**32)], ["--seed 4294967296", "at most 4294967295"]),
+    (["--data-mb", "0"], ["--data-mb 0.0", "greater than 0.0"]),
     (["--bucket-mb", "0"], ["--bucket-mb 0.0", "greater than 0.0"]),
     (["--first-bucket-mb", "-1"], ["--first-bucket-mb -1.0", "greater than 0.0"]),
     (["--momentum", "1"], ["--momentum 1.0", "less than 1.0"]),

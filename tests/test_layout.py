@@ -17,16 +17,17 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 # A module may import modules of lower layers only.
 LAYERS = [
     ["trace"],
-    ["errors", "evaluation", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "events", "wire",
+    ["errors", "evaluation", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "events", "wire", "stall",
      "bench.torch_resnet"],
-    ["launcher", "shared"],
+    ["launcher", "shared", "datasets.filesplit"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
+    ["datasets.pictures"],
     ["plan", "amp", "recipe", "schedule", "checkpoint", "data", "reporter", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags", "bench.channel"],
     ["bench.projection", "commandline"],
     ["convolution"],
     ["ops.*", "datasets.*", "state"],
-    ["nn", "update"],
+    ["nn", "update", "datasets.prepare"],
     ["resnet"],
     ["model", "initial"],
     ["replicas"],
@@ -39,8 +40,9 @@ LAYERS = [
     ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.exchanges", "bench.project", "bench.worker"],
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline", "report"],
+    ["predict"],
 ]
-ALONE = ["trace", "errors", "evaluation", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "wire",
+ALONE = ["trace", "errors", "evaluation", "reference", "reference_optimizer", "shape", "tree", "tiles", "pocl", "wire", "stall",
          "bench.torch_resnet"]  # fmt: skip
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "update", "resnet", "model", "initial",
                "replicas", "optimizer", "tuning"]  # fmt: skip

@@ -43,7 +43,7 @@ def metrics(out: Path) -> list[dict]:
 
 def curve(out: Path) -> list[tuple]:
     """What must be equal between two runs: everything in the metrics but the speed."""
-    speed = ("images_per_s", "slowest_rank", "slowest_ratio", "sent_mb", "comm_ms", "exposed_ms")
+    speed = ("images_per_s", "slowest_rank", "slowest_ratio", "input_ms", "sent_mb", "comm_ms", "exposed_ms")
     return [tuple(sorted((k, v) for k, v in line.items() if k not in speed)) for line in metrics(out)]
 
 
