@@ -280,6 +280,7 @@ def test_the_device_has_work_while_replicas_agree(device):
             fillers[entry.kind, bool(between)] += 1
             written = {tensor for e in between for tensor in e.writes}
             assert not any(target in written or target in e.tensors for target in entry.targets for e in between)
+            assert entry.kind == "sums" or len(between) <= 1, "the weights of a shortcut are packed when they are used"
     assert fillers == {("sums", True): 49, ("statistics", True): 48, ("statistics", False): 1}, "but before the last activation"
 
 
@@ -331,6 +332,18 @@ def test_every_training_pass_enters_the_running_statistics():
     assert np.allclose(state["bn1.running_mean"], 0.19 * first.mean(1), rtol=1e-4, atol=1e-6)
     assert np.allclose(state["bn1.running_var"], 0.81 + 0.19 * first.var(1, ddof=1), rtol=1e-4)
     assert np.array_equal(state["conv1.weight"], weight.astype(np.float32))
+
+
+def test_statistics_that_are_exchanged_together_stay_those_of_their_layers():
+    """Where weights are zero, so are the activations; those of the shortcut beside them are not."""
+    net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=2, precision="fp32", stem="cifar", shortcut="B", replicas=2)
+    state = net.state_dict()
+    state["layer2.0.conv2.weight"][:] = 0
+    net.load_state_dict(state)
+    net.forward(np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32), train=True)
+    after = net.state_dict()
+    assert (after["layer2.0.bn2.running_mean"] == 0).all() and np.allclose(after["layer2.0.bn2.running_var"], 0.9)
+    assert (after["layer2.0.downsample.1.running_mean"] != 0).all() and (after["layer2.0.downsample.1.running_var"] > 0.9).all()
 
 
 def test_a_pass_that_overflows_leaves_the_running_statistics():

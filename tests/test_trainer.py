@@ -199,20 +199,22 @@ def test_exchanges_wait_for_the_last_replica_and_nothing_else(device, monkeypatc
     assert exchanged == [True] * 38  # statistics and sums of 19 norms, two of them together with that of a shortcut
 
 
-@pytest.mark.parametrize(("replicas", "group"), [(1, 0), (1, 1), (3, 1)])
+@pytest.mark.parametrize(("replicas", "group", "micro_batches"), [(1, 0, 1), (1, 1, 1), (3, 1, 1), (1, 0, 2)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(device, monkeypatch, replicas, group, precision):
+def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(device, monkeypatch, replicas, group, micro_batches,
+                                                                             precision):  # fmt: skip
     """A device without double precision leaves what lies between two launches to the host. Batches are short in the end."""
     if not device.doubles:
         pytest.skip("the host is asked on this device anyway")
     plain = Device(choose_device())
     plain.doubles = False
-    alone, asked = (make(d, 4, replicas, precision, group=group) for d in (device, plain))
+    alone, asked = (make(d, 4, replicas, precision, micro_batches > 1, group=group) for d in (device, plain))
     assert alone.sync_bn.alone and not asked.sync_bn.alone
     monkeypatch.setattr(alone, "_agree", None)
-    for seed, count in enumerate((4 * replicas, 4 * replicas, 3)):
+    most = 4 * replicas * micro_batches
+    for seed, count in enumerate((most, most, most - 4 * replicas + 3)):
         for trainer in (alone, asked):
-            trainer.step(split(*samples(count, seed), 4, replicas), count, 0.1, HYPER)
+            trainer.step(split(*samples(count, seed), 4, replicas, micro_batches), count, 0.1, HYPER)
         assert alone.digest() == asked.digest()
 
 
