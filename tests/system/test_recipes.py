@@ -3,6 +3,7 @@ leaves.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import h5py
@@ -59,6 +60,17 @@ def test_a_run_is_verified(alone):
     done = python(["-m", "dpresnet.verify", str(alone)], timeout=200)
     assert done.returncode == 0, done.stderr
     assert "15 steps, 4 checkpoints, 1 epochs, 1 result" in done.stdout
+
+
+def test_what_recipes_add_to_the_metrics_is_compared(alone, tmp_path):
+    key = {"lars": "grad_norm", "adamw": "ema_test_top5"}[alone.name]
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    lines = metrics(tmp_path)
+    changed = [line for line in lines if key in line][-1]
+    changed[key] += 2**-40
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = python(["-m", "dpresnet.verify", str(tmp_path), "--from", "10"], timeout=200)
+    assert found.returncode == 70 and f"DIFFERENT: step {changed['step']}: {key} was " in found.stderr, found.stderr
 
 
 def test_result_and_metrics_tell_of_averages_classes_and_norms(alone):
