@@ -189,9 +189,9 @@ def describe(model: Model, buckets: list[slice]) -> str:
     """What --dry-run prints: every entry of the plan, the arenas, buckets, parameters and work."""
     lines = [str(model.train.plan), ""]
     for home, chunks in model.bytes.items():
-        lines.append(f"arena {home:10s} {sum(chunks) / 2**20:10.2f} MiB")
+        lines.append(f"arena {home:13s} {sum(chunks) / 2**20:10.2f} MiB")
     for number, bucket in enumerate(buckets):
-        lines.append(f"bucket {number:<9d} {(bucket.stop - bucket.start) * 4 / 2**20:10.2f} MiB")
+        lines.append(f"bucket {number:<12d} {(bucket.stop - bucket.start) * 4 / 2**20:10.2f} MiB")
     lines.append(f"{model.parameter_count:,} parameters, {model.flops_per_image / 1e6:,.1f} MFLOP per image and training step, "
                  f"{len(model.train.plan.entries)} entries")  # fmt: skip
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Updates of whole networks in one process: which parameters are treated how, norms, skipped steps, moving averages."""
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from dpresnet.device import Device, choose_device
 from dpresnet.errors import Refused
 from dpresnet.initial import initial_state
 from dpresnet.model import Model
-from dpresnet.optimizer import Hyper, ema_decay
+from dpresnet.optimizer import Hyper, ema_decay, trust_ratio
 from dpresnet.resnet import Options
 from dpresnet.setup import build_model, build_trainer
 from dpresnet.trainer import Outcome, Trainer
@@ -186,12 +187,57 @@ def test_a_gradient_below_the_limit_is_left_alone(device):
     assert free.digest() == limited.digest()
 
 
+@pytest.mark.parametrize(("param", "grad", "decay", "ratio"), [
+    (5.0, 10.0, 0.5, 0.04), (0.0, 10.0, 0.5, 1.0), (5.0, 0.0, 0.5, 1.0), (5.0, 0.0, 0.0, 1.0), (0.0, 0.0, 0.0, 1.0),
+])  # fmt: skip
+def test_trust_ratio(param, grad, decay, ratio):
+    """0.1 * 5 / (10 + 0.5 * 5); 1 where a norm is 0, also where nothing decays."""
+    assert trust_ratio(param, grad, Hyper(weight_decay=decay, trust=0.1)) == pytest.approx(ratio)
+
+
+def course_of(device: Device, **flags: object) -> Course:
+    """On the digits, with one replica of a batch of four."""
+    cfg = Config(replicas=1, num_classes=10, shortcut="A", batch=4, **flags)
+    dataset = load("digits")
+    return Course(cfg, dataset, build_trainer(cfg, build_model(device, cfg, dataset), Solo()))
+
+
+@pytest.mark.parametrize(("flags", "rule"), [
+    ({}, Rule()),
+    ({"optimizer": "lars", "decay": "weights"}, Rule("lars", "weights")),
+    ({"clip_norm": 2.0}, Rule(clip=True)),
+    ({"optimizer": "adamw", "ema": 0.5}, Rule("adamw", ema=True)),
+])  # fmt: skip
+def test_flags_choose_the_rule(device, flags, rule):
+    assert course_of(device, **flags).trainer.model.rule == rule
+
+
+def test_a_course_hands_over_its_flags_and_how_often_it_has_updated(device, monkeypatch):
+    """The second of four steps overflows and does not count."""
+    values = {"momentum": 0.1, "weight_decay": 0.2, "nesterov": False, "beta1": 0.3, "beta2": 0.4, "eps": 0.5, "trust": 0.6,
+              "clip_norm": 0.7, "ema": 0.8}  # fmt: skip
+    course, handed = course_of(device, **values), []
+
+    def fake(shards: list, count: int, lr: float, hyper: Hyper, *, updates: int, **more: object) -> Outcome:
+        handed.append((updates, lr, hyper))
+        skipped = len(handed) == 2
+        course.trainer.scaler = course.trainer.scaler.after(skipped)
+        return Outcome(count, 0.0, 0, skipped)
+
+    monkeypatch.setattr(course.trainer, "step", fake)
+    rates = []
+    for epoch, micro_batches in itertools.islice(course.rest_of_epoch(), 4):
+        rates.append(course.lr)
+        course.step(epoch, micro_batches)
+    assert [updates for updates, *_ in handed] == [0, 1, 1, 2]
+    assert [lr for _, lr, _ in handed] == rates and rates[1] == rates[2]
+    assert [hyper for *_, hyper in handed] == [Hyper(**values)] * 4
+
+
 @pytest.mark.parametrize("lacking", ["second_moment", "ema_param", "ema_buffer", "momentum"])
 def test_a_checkpoint_without_the_state_of_its_optimizer_is_refused(device, lacking):
     """Before anything of the present state is touched."""
-    cfg = Config(optimizer="adamw", ema=0.9, replicas=1, num_classes=10, shortcut="A", batch=4)
-    dataset = load("digits")
-    course = Course(cfg, dataset, build_trainer(cfg, build_model(device, cfg, dataset), Solo()))
+    course = course_of(device, optimizer="adamw", ema=0.9)
     course.begin(None)
     before = course.trainer.arrays()
     other = {name: array + 1 for name, array in before.items() if not name.startswith(f"{lacking}/")}

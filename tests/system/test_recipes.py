@@ -3,18 +3,20 @@ leaves.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
+from dpresnet import trail
 from dpresnet.checkpoint import load
 from tests.launching import python
 from tests.system.test_train import curve, metrics, sha, succeed, train
 
 BASE = ("--replicas", "4", "--batch", "32", "--epochs", "2", "--steps", "15", "--warmup-epochs", "0.5", "--save-every-epochs",
-        "0", "--save-every-steps", "5", "--keep", "9", "--clip-norm", "1", "--ema", "0.9")  # fmt: skip
+        "0", "--save-every-steps", "5", "--keep", "9", "--record-every", "7", "--clip-norm", "1", "--ema", "0.9")  # fmt: skip
 RECIPES = {
     "lars": ("--optimizer", "lars", "--trust", "0.02", "--decay", "weights", "--schedule", "step", "--milestones", "1"),
     "adamw": ("--optimizer", "adamw", "--beta2", "0.99", "--schedule", "onecycle"),
@@ -58,7 +60,21 @@ def test_ranks_change_no_bit_and_a_run_goes_on_with_others(alone, tmp_path):
 def test_a_run_is_verified(alone):
     done = python(["-m", "dpresnet.verify", str(alone)], timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "15 steps, 4 checkpoints, 1 epochs, 1 result" in done.stdout
+    for counted in ("15 steps", "2 recorded steps of a rank", "4 checkpoints", "1 epochs", "1 result"):
+        assert counted in done.stdout
+    updated = {mark.tensor for mark in trail.read(alone / "trail")[7][0].marks if mark.entry == "updated"}
+    assert len(updated) == len(arrays(alone, 15)) and {"fc.bias.ema", "bn1.running_var.ema"} <= updated
+
+
+def test_what_recipes_add_to_the_metrics_is_compared(alone, tmp_path):
+    key = {"lars": "grad_norm", "adamw": "ema_test_top5"}[alone.name]
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    lines = metrics(tmp_path)
+    changed = [line for line in lines if key in line][-1]
+    changed[key] += 2**-40
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = python(["-m", "dpresnet.verify", str(tmp_path), "--from", "10"], timeout=200)
+    assert found.returncode == 70 and f"DIFFERENT: step {changed['step']}: {key} was " in found.stderr, found.stderr
 
 
 def test_result_and_metrics_tell_of_averages_classes_and_norms(alone):
