@@ -21,8 +21,8 @@ LAYERS = [
     ["launcher", "shared", "datasets.filesplit"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "commandline", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
-     "bench.flags", "bench.channel"],
-    ["bench.projection"],
+     "bench.flags", "bench.channel", "datasets.content", "datasets.images", "datasets.staging"],
+    ["bench.projection", "datasets.sources"],
     ["convolution"],
     ["ops.*", "datasets.*", "state"],
     ["nn"],
@@ -36,7 +36,8 @@ LAYERS = [
     ["tuning", "bench.ours", "bench.theirs", "bench.their_layers", "bench.peaks", "bench.child"],
     ["bench.our_layers", "bench.step", "bench.memory", "bench.reduce", "bench.exchanges", "bench.project", "bench.worker"],
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
-    ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
+    ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline",
+     "datasets.prepare"],
 ]
 ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "stall", "bench.torch_resnet"]
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
