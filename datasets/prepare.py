@@ -9,11 +9,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from dpresnet.datasets import folder, schema
+from dpresnet.datasets import arrays, cifar, folder, idx, schema
 from dpresnet.datasets.content import Content
 from dpresnet.datasets.images import Shaping
 from dpresnet.errors import Refused, exit_code
@@ -40,8 +40,19 @@ def parser() -> argparse.ArgumentParser:
     flags = _Parser(prog="python -m dpresnet.datasets.prepare", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     kinds = flags.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for kind in idx.KNOWN:
+        kinds.add_parser(kind, parents=[common], help="a folder with its four files, gzipped or not")
+    for kind in cifar.KNOWN:
+        kinds.add_parser(kind, parents=[common], help="the .tar.gz or its folder, binary or Python version")
     _add_folder(kinds.add_parser("imagefolder", parents=[common], help="SPLIT/CLASS/*.jpg, .jpeg, .png, .webp: folder or zip"))
+    _add_numpy(kinds.add_parser("numpy", parents=[common], help="an .npz file of images and labels"))
     return flags
+
+
+def _add_numpy(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--layout", choices=arrays.LAYOUTS, default="",
+                         help="what the dimensions of images are (guessed where it is clear)")  # fmt: skip
+    _add_fraction(command)
 
 
 def _add_folder(command: argparse.ArgumentParser) -> None:
@@ -86,7 +97,7 @@ def run(argv: Sequence[str] | None) -> None:
     _check_out(args.out, args.overwrite)
     names = _given_names(args.class_names)
     try:
-        with _content(args) as content:
+        with _content(args, names) as content:
             dataset = _dataset(content, args, names)
             schema.write(args.out, dataset)
             _leave_list(Path(f"{args.out}.skipped.txt"), content.skipped)
@@ -123,7 +134,14 @@ def _given_names(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def _content(args: argparse.Namespace) -> AbstractContextManager[Content]:
+def _content(args: argparse.Namespace, names: tuple[str, ...]) -> AbstractContextManager[Content]:
+    """What the reader of the kind finds."""
+    if args.kind in idx.KNOWN:
+        return nullcontext(idx.read(args.kind, args.source))
+    if args.kind in cifar.KNOWN:
+        return nullcontext(cifar.read(args.kind, args.source))
+    if args.kind == "numpy":
+        return nullcontext(arrays.read(args.source, args.layout, args.test_fraction, names))
     shaping = Shaping(args.channels, args.size, args.fit, args.max_pixels)
     options = folder.Options(shaping, args.test_fraction, args.test_split, args.skip_bad, args.workers)
     return folder.reading(args.source, Path(f"{args.out}.partial"), options)

@@ -21,7 +21,7 @@ LAYERS = [
     ["launcher", "shared", "datasets.filesplit"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "commandline", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
-     "bench.flags", "bench.channel", "datasets.content", "datasets.images", "datasets.staging"],
+     "bench.flags", "bench.channel", "datasets.content", "datasets.images", "datasets.staging", "datasets.pickles"],
     ["bench.projection", "datasets.sources"],
     ["convolution"],
     ["ops.*", "datasets.*", "state"],
