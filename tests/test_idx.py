@@ -83,9 +83,9 @@ def test_a_damaged_gzip_is_refused(tmp_path, capsys, damage):
 
 
 def test_a_gzip_is_not_expanded_beyond_what_it_announces(tmp_path):
-    """512 MiB of zeros behind a header that announces few: the child's memory stays below 150 MiB, which it is without."""
+    """256 MiB of zeros behind a header that announces few: the child's memory stays below 150 MiB, which it is without."""
     content = files(zipped=True)
-    content["train-images-idx3-ubyte.gz"] = gzip.compress(header(0x0803, 50, 7, 5) + bytes(512 << 20), 1)
+    content["train-images-idx3-ubyte.gz"] = gzip.compress(header(0x0803, 50, 7, 5) + bytes(256 << 20), 1)
     source = write_files(tmp_path / "s", content)
     code = r"""if True:
         import re, sys

@@ -127,6 +127,17 @@ def test_other_modes_become_colours_or_grey(tmp_path):
     assert np.abs(red - np.array([255, 0, 0])[:, None, None]).max() <= 3
 
 
+def test_a_photo_with_a_preview_in_it_is_a_jpeg(tmp_path):
+    first, second = (Image.fromarray(noise(16, 16, 3)) for _ in range(2))
+    files = [io.BytesIO(), io.BytesIO()]
+    first.save(files[0], "MPO", save_all=True, append_images=[second])
+    first.save(files[1], "JPEG")
+    with Image.open(files[0]) as image:
+        assert image.format == "MPO"
+    photo, plain = (one(tmp_path, file.getvalue(), name="a.jpg") for file in files)
+    np.testing.assert_array_equal(photo, plain)
+
+
 ORIENTED = {1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
             5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, -1), 7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
             8: lambda x: np.rot90(x)}  # fmt: skip
@@ -221,7 +232,7 @@ count = 0
 def decode(content, name, shaping):
     global count
     count += 1
-    if count > int(sys.argv[1]):
+    if count == int(sys.argv[1]) + 1:
         os.kill(os.getpid(), {how})
     return original(content, name, shaping)
 folder.decode = decode
