@@ -1,172 +1,162 @@
-"""CIFAR-10 and CIFAR-100 as published (Krizhevsky 2009): the binary or the Python version, as a folder or as a .tar.gz.
+"""CIFAR-10 and CIFAR-100 as they are published: the archive or its folder, the binary or the Python version."""
 
-The Python version is pickled. `Reader` builds nothing from a pickle but dicts, lists, numbers, text and bytes: where NumPy's
-classes are named it puts records of what was stored, which become arrays only after they have been checked.
-"""
+from __future__ import annotations
 
+import gzip
 import io
-import pickle
 import tarfile
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dpresnet.datasets import pickles
+from dpresnet.datasets.content import Content
 from dpresnet.datasets.schema import Split
 from dpresnet.errors import Refused
 
-IMAGE = (3, 32, 32)
-PIXELS = 3 * 32 * 32
-MOST_BYTES = 200_000_000  # of a member, which in the published files has at most 155,000,000
+SHAPE, PIXELS = (3, 32, 32), 3072
+MOST_NAMES = 1 << 16  # bytes of a file with the names of classes
+MOST_BESIDES = 1 << 22  # bytes of an archive for what is no sample
+PER_SAMPLE = 128  # bytes at most that a pickle has for a sample besides its pixels: labels and the name of a file
+SOURCE = "A. Krizhevsky (2009), Learning Multiple Layers of Features from Tiny Images, https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
-class Version(NamedTuple):
-    """The files of one version: those of both splits, that with the class names, and the key of the labels in pickles."""
+@dataclass(frozen=True)
+class Published:
+    """What a set consists of: ``batch`` samples in each file of ``train`` and ``test``, whose names end in .bin in the binary
+    version; of the ``labels`` before each image in it the last counts, which the pickles have under ``key``. ``meta`` and
+    ``names`` are the files with the names of classes, and the key of these in the former.
+    """
 
+    classes: int
     train: tuple[str, ...]
+    train_batch: int
     test: str
+    test_batch: int
+    labels: int
+    key: str
+    meta: str
+    names_key: str
     names: str
-    labels: str
-    label_bytes: int  # before the pixels of a binary record; the last of them is the label
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """The number of samples in each file."""
+        return dict.fromkeys(self.train, self.train_batch) | {self.test: self.test_batch}
 
 
-VERSIONS = {
-    "cifar10": (
-        Version(tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt", "", 1),
-        Version(tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta", "labels", 0),
-    ),
-    "cifar100": (
-        Version(("train.bin",), "test.bin", "fine_label_names.txt", "", 2),
-        Version(("train",), "test", "meta", "fine_labels", 0),
-    ),
-}
-NAMES_KEY = {"cifar10": "label_names", "cifar100": "fine_label_names"}
+KNOWN = {
+    "cifar10": Published(10, tuple(f"data_batch_{i}" for i in range(1, 6)), 10_000, "test_batch", 10_000,
+                         1, "labels", "batches.meta", "label_names", "batches.meta.txt"),
+    "cifar100": Published(100, ("train",), 50_000, "test", 10_000,
+                          2, "fine_labels", "meta", "fine_label_names", "fine_label_names.txt"),
+}  # fmt: skip
 
 
-def read(kind: str, source: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
-    """Class names and both splits. Refused for a file that is missing, of another size, or that holds something else."""
-    files = members(kind, source)
-    for version in VERSIONS[kind]:
-        if version.test in files:
-            break
-    else:
-        tests = " or ".join(version.test for version in VERSIONS[kind])
-        raise Refused(f"{source} is not {kind} as published: it has no {tests}")
-    if missing := [name for name in (*version.train, version.names) if name not in files]:
-        raise Refused(f"{source} lacks {', '.join(missing)}")
-    load = pickled if version.labels else binary
-    parts = {name: load(f"{source}: {name}", files[name], version) for name in (*version.train, version.test)}
-    train = Split(*map(np.concatenate, zip(*(parts[name] for name in version.train), strict=True)))
-    names = class_names(f"{source}: {version.names}", files[version.names], NAMES_KEY[kind] if version.labels else "")
-    splits = {"train": train, "test": Split(*parts[version.test])}
-    for split, found in splits.items():
-        if found.labels.max() >= len(names):
-            raise Refused(f"{source}: a {split} image has the label {found.labels.max()}, there are {len(names)} class names")
-    return names, splits
+def read(kind: str, source: Path) -> Content:
+    """The set ``kind`` of `KNOWN`. Refused for a file that is missing, is not as published, or does more than hold data."""
+    known = KNOWN[kind]
+    sizes = _sizes(known)
+    files = _from_folder(source, sizes) if source.is_dir() else _from_archive(source, sizes)
+    binary = f"{known.test}.bin" in files
+    needed = {f"{name}.bin" for name in known.samples} | {known.names} if binary else {*known.samples, known.meta}
+    if missing := sorted(needed - set(files)):
+        raise Refused(f"{source} lacks {', '.join(missing)}: give the archive or the folder of {kind} as published, "
+                      "binary or Python version")  # fmt: skip
+    samples = _binary if binary else _pickled
+    parts = {name: samples(known, files, name, f"{source}: {name}") for name in known.samples}
+    train, test = (Split(*map(np.concatenate, zip(*(parts[name] for name in names), strict=True)))
+                   for names in (known.train, (known.test,)))  # fmt: skip
+    return Content(train, test, _class_names(known, files, binary, source), SOURCE, "not stated by the author")
 
 
-def members(kind: str, source: Path) -> dict[str, bytes]:
-    """The contents of the files that the versions of a kind have, by name. Nothing is unpacked onto the disk."""
-    wanted = {name for version in VERSIONS[kind] for name in (*version.train, version.test, version.names)}
+def _sizes(known: Published) -> dict[str, int]:
+    """The largest that each file may be, in bytes."""
+    sizes = {name: samples * (PIXELS + PER_SAMPLE) + MOST_NAMES for name, samples in known.samples.items()}
+    sizes |= {f"{name}.bin": samples * (PIXELS + known.labels) for name, samples in known.samples.items()}
+    return sizes | {known.meta: MOST_NAMES, known.names: MOST_NAMES}
+
+
+def _from_folder(source: Path, sizes: dict[str, int]) -> dict[str, bytes]:
+    """The files by name, from the folder or the only one in it that has any."""
+    inner = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
+    folder = next((path for path in inner if any((path / name).is_file() for name in sizes)), source)
+    files = {}
+    for name, most in sizes.items():
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                files[name] = _within(file.read, most, f"{folder / name}")
+    return files
+
+
+def _from_archive(source: Path, sizes: dict[str, int]) -> dict[str, bytes]:
+    """The files by name, from a .tar.gz, which is expanded in memory as far as a published one goes."""
+    if not source.is_file():
+        raise Refused(f"{source} does not exist: give the archive or the folder, as published")
+    most = max(sum(size for name, size in sizes.items() if name.endswith(".bin") == binary) for binary in (True, False))
+    files: dict[str, bytes] = {}
     try:
-        if source.is_dir():
-            found = [path for path in (source, *source.iterdir()) if path.is_dir()]
-            files = {name: folder / name for folder in found for name in wanted if (folder / name).is_file()}
-            return {name: _bounded(name, path.stat().st_size, path.open("rb")) for name, path in files.items()}
-        with tarfile.open(source) as archive:
-            listed = {PurePosixPath(entry.name).name: entry for entry in archive if entry.isfile()}
-            files = {name: entry for name, entry in listed.items() if name in wanted}
-            return {name: _bounded(name, entry.size, archive.extractfile(entry)) for name, entry in files.items()}
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise Refused(f"{source} cannot be read ({error}): give the folder or the .tar.gz of {kind}") from None
+        with gzip.open(source) as expanded:
+            content = io.BytesIO(_within(expanded.read, most + MOST_BESIDES, str(source)))
+        with tarfile.open(fileobj=content, mode="r:") as archive:
+            for member in archive:
+                name = member.name.rpartition("/")[2]
+                if name in sizes and not member.isdir():
+                    if not member.isreg() or name in files:
+                        raise Refused(f"{source}: {name} is {'there twice' if name in files else 'a link'}: get it again")
+                    files[name] = _within(archive.extractfile(member).read, sizes[name], f"{source}: {name}")
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise Refused(f"{source} is not a whole .tar.gz ({' '.join(str(error).split())}): get it again") from None
+    return files
 
 
-def _bounded(name: str, size: int, file: io.BufferedIOBase | None) -> bytes:
-    with file:
-        if size > MOST_BYTES:
-            raise Refused(f"{name} has {size} bytes: the published files are smaller")
-        return file.read(size)
+def _within(read: Callable[[int], bytes], most: int, where: str) -> bytes:
+    content = read(most + 1)
+    if len(content) > most:
+        raise Refused(f"{where} has more than the {most:,} bytes that it can have as published: get it again")
+    return content
 
 
-def binary(name: str, data: bytes, version: Version) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of records of label bytes and pixels."""
-    record = version.label_bytes + PIXELS
-    if not data or len(data) % record:
-        raise Refused(f"{name} has {len(data)} bytes, not a number of records of {record}: it is truncated or of another kind")
-    rows = np.frombuffer(data, np.uint8).reshape(-1, record)
-    return rows[:, version.label_bytes :].reshape(-1, *IMAGE), rows[:, version.label_bytes - 1].astype(np.int32)
+Samples = tuple[np.ndarray, np.ndarray]
+"""Images uint8 [N, 3, 32, 32] and labels int32 [N]."""
 
 
-def pickled(name: str, data: bytes, version: Version) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a batch of the Python version."""
-    batch = unpickle(name, data)
-    labels, pixels = batch.get(version.labels), batch.get("data")
-    if not isinstance(pixels, Record) or not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise Refused(f"{name} does not hold an array data and a list {version.labels}")
-    images = pixels.array(name)
-    if not len(labels) or images.shape != (len(labels), PIXELS) or min(labels) < 0:
-        raise Refused(f"{name}: data is {list(images.shape)} for {len(labels)} labels, not [N, {PIXELS}]")
-    return images.reshape(-1, *IMAGE), np.array(labels, np.int32)
+def _binary(known: Published, files: dict[str, bytes], name: str, where: str) -> Samples:
+    content, record = files[f"{name}.bin"], PIXELS + known.labels
+    if len(content) != known.samples[name] * record:
+        raise Refused(f"{where}.bin has {len(content):,} bytes instead of {known.samples[name] * record:,}: get it again")
+    rows = np.frombuffer(content, np.uint8).reshape(-1, record)
+    return _checked(known, rows[:, known.labels :].reshape(-1, *SHAPE), rows[:, known.labels - 1].tolist(), f"{where}.bin")
 
 
-def class_names(name: str, data: bytes, key: str) -> tuple[str, ...]:
-    """From a text file with a line for each, or under ``key`` of a pickle."""
-    names = unpickle(name, data).get(key) if key else data.decode("utf-8", "replace").split("\n")
-    if not isinstance(names, list) or not all(isinstance(text, str | bytes) for text in names):
-        raise Refused(f"{name} holds no list {key}")
-    texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text.strip() for text in names]
-    return tuple(text for text in texts if text)
+def _pickled(known: Published, files: dict[str, bytes], name: str, where: str) -> Samples:
+    found = pickles.loads(files[name], where)
+    images, labels, count = found.get("data"), found.get(known.key), known.samples[name]
+    if not isinstance(images, np.ndarray) or images.shape != (count, PIXELS):
+        raise Refused(f'{where} has no "data" of {count} x {PIXELS} bytes: get it again')
+    if not isinstance(labels, list) or len(labels) != count or not all(type(label) is int for label in labels):
+        raise Refused(f'{where} has no "{known.key}", {count} whole numbers: get it again')
+    return _checked(known, images.reshape(-1, *SHAPE), labels, where)
 
 
-# Pickles
+def _checked(known: Published, images: np.ndarray, labels: list[int], where: str) -> Samples:
+    for sample, label in enumerate(labels):
+        if not 0 <= label < known.classes:
+            raise Refused(f"{where}: sample {sample} has the label {label}, there are {known.classes} classes: get it again")
+    return images, np.array(labels, np.int32)
 
 
-class Record:
-    """What a pickle says of an array, or of its element type."""
-
-    def __init__(self, *arguments: Any):
-        self.arguments, self.state = arguments, None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def array(self, name: str) -> np.ndarray:
-        """The bytes [N, M] that it stands for."""
-        match self.state:
-            case (int(), (int() as rows, int() as columns), Record() as kind, False | 0, bytes() as data):
-                if kind.arguments[:1] in (("u1",), (b"u1",)) and len(data) == rows * columns:
-                    return np.frombuffer(data, np.uint8).reshape(rows, columns)
-        raise Refused(f"{name}: data is not a two-dimensional array of unsigned bytes")
-
-
-def _latin(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the protocol of Python 2."""
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"text in {encoding!r}")
-    return text.encode("latin1")
-
-
-class Reader(pickle.Unpickler):
-    """An unpickler that knows nothing but `Record`."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Stand-ins for what the published files name, and for nothing else."""
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return Record
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return Record
-        if (module, name) == ("_codecs", "encode"):
-            return _latin
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which the published files do not")
-
-
-def unpickle(name: str, data: bytes) -> Mapping[str, Any]:
-    """The dict of a pickle, its keys as text. Refused if it holds anything that `Reader` does not build."""
+def _class_names(known: Published, files: dict[str, bytes], binary: bool, source: Path) -> tuple[str, ...]:
+    where = f"{source}: {known.names if binary else known.meta}"
+    names: Any = files[known.names].split() if binary else pickles.loads(files[known.meta], where).get(known.names_key)
     try:
-        found = Reader(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle may raise anything
-        raise Refused(f"{name} is refused: {' '.join(str(error).split()) or type(error).__name__}") from None
-    if not isinstance(found, dict):
-        raise Refused(f"{name} holds a {type(found).__name__}, not a dict")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in found.items()}
+        decoded = tuple(name.decode("ascii") if isinstance(name, bytes) else str(name) for name in names)
+    except (TypeError, UnicodeDecodeError):
+        decoded = ()
+    if len(set(decoded)) != known.classes:
+        raise Refused(f"{where} does not hold the names of {known.classes} classes: get it again")
+    return decoded

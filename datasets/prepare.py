@@ -1,228 +1,177 @@
-"""``python -m dpresnet.datasets.prepare KIND SOURCE OUT.h5``: makes a data set file of images in any of the usual forms.
+"""Makes a data set file from data in other formats:  python -m dpresnet.datasets.prepare KIND SOURCE OUT.h5
 
-The same source and options give the same bytes, whoever decodes and however often that was interrupted.
+README.md in this folder says what each KIND reads, and what is refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NoReturn
 
-import numpy as np
-
-from dpresnet.datasets import arrays, cifar, folder, idx, pictures, schema
-from dpresnet.datasets.pictures import FITS, BadPicture
-from dpresnet.datasets.schema import Dataset, Split
-from dpresnet.datasets.staging import Staging
+from dpresnet.datasets import arrays, cifar, folder, idx, schema
+from dpresnet.datasets.content import Content
+from dpresnet.datasets.images import Shaping
 from dpresnet.errors import Refused, exit_code
 
-KINDS = (*idx.CLASS_NAMES, *cifar.VERSIONS, "imagefolder", "numpy")
-SHOWN = 10  # bad files that are listed on the terminal
+INTERRUPTED = 130  # as a shell reports Ctrl-C
+SHOWN = 5  # skipped files
 
 
-def prepare(args: argparse.Namespace) -> Dataset:
-    """Reads the source and writes the file; Refused for what cannot be used, before anything is written under its name."""
-    if args.kind == "imagefolder":
-        return of_folder(args)
-    names: tuple[str, ...] = ()
-    if args.kind in idx.CLASS_NAMES:
-        names, splits = idx.CLASS_NAMES[args.kind], idx.read(args.source)
-    elif args.kind in cifar.VERSIONS:
-        names, splits = cifar.read(args.kind, args.source)
-    else:
-        splits = arrays.read(args.source, args.layout or "", args.test_fraction)
-        names = tuple(f"class {k}" for k in range(1 + max(int(split.labels.max()) for split in splits.values())))
-    return written(args, names, splits)
-
-
-def written(args: argparse.Namespace, names: tuple[str, ...], splits: dict[str, Split]) -> Dataset:
-    """The data set, when its file is whole."""
-    names = class_names(args.class_names, names)
-    source = args.name_of_source or f"{args.kind} {args.source.name}"
-    try:
-        dataset = schema.assemble(args.name or args.out.stem, source, args.licence, names, splits["train"], splits["test"])
-        schema.write(args.out, dataset)
-    except ValueError as error:
-        raise Refused(f"{args.source}: {error}") from None
-    except OSError as error:
-        raise Refused(f"{args.out} cannot be written: {error.strerror or error}") from None
-    return dataset
-
-
-def class_names(given: str, found: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the source, or those of ``--class-names``: a file with a line for each, or joined by commas."""
-    if not given:
-        return found
-    lines = Path(given).read_text(encoding="utf-8").splitlines() if Path(given).is_file() else given.split(",")
-    names = tuple(line.strip() for line in lines if line.strip())
-    if len(names) != len(found):
-        raise Refused(f"--class-names {given}: {len(names)} names for {len(found)} classes")
-    return names
-
-
-# Folders of image files
-
-
-def of_folder(args: argparse.Namespace) -> Dataset:
-    """Decodes into a staging folder beside the file, from which an interrupted run goes on."""
-    pictures.check()
-    store = folder.open_store(args.source)
-    found = folder.listing(store, args.test_fraction)
-    report = Bad(args)
-    for path, reason in found.bad:
-        report.add(path, reason)
-    read = partial(decoded, args, store)
-    shape = (args.channels, args.size, args.size) if args.size else first_shape(found, read)
-    options = (args.channels, args.size, args.fit, args.max_pixels, schema.VERSION)
-    key = hashlib.sha256(f"{found.digest} {options}".encode()).hexdigest()
-    counts = {split: len(items) for split, items in found.items.items()}
-    staging = Staging(args.out.with_name(args.out.name + ".staging"), key, shape, counts)
-    if staging.resumed:
-        print(f"{staging.resumed} images were decoded before", file=sys.stderr)
-    fill(args, found, staging, read, report)
-    splits = {}
-    for split, items in found.items.items():
-        images, chosen = staging.good(split)
-        if not len(chosen):
-            raise Refused(f"{args.source}: no image of the {split} split can be used")
-        splits[split] = Split(images, np.array([items[index].label for index in chosen], np.int32))
-    dataset = written(args, found.class_names, splits)
-    report.finish(found.passed_over)
-    staging.remove()
-    return dataset
-
-
-def decoded(args: argparse.Namespace, store: folder.Store, entry: folder.Entry) -> np.ndarray:
-    """An image of the source, uint8 [C, H, W]."""
-    return pictures.decode(store.read(entry), entry.path, args.channels, args.size, args.fit, args.max_pixels)
-
-
-def first_shape(found: folder.Listing, read: partial) -> tuple[int, int, int]:
-    """That of the first image which can be decoded: without --size all must have it."""
-    for item in found.items["train"]:
-        try:
-            return read(item.entry).shape
-        except BadPicture:
-            continue
-    raise Refused("no image of the train split can be decoded")
-
-
-def fill(args: argparse.Namespace, found: folder.Listing, staging: Staging, read: partial, report: Bad) -> None:
-    """Decodes all images that are not there yet."""
-    from tqdm import tqdm
-
-    shape, total = staging.images["train"].shape[1:], sum(map(len, found.items.values()))
-    with tqdm(total=total, initial=staging.resumed, unit="image", disable=None) as bar:
-        for split, items in found.items.items():
-
-            def one(index: int, items: list[folder.Item] = items) -> np.ndarray:
-                image = read(items[index].entry)
-                if image.shape != shape:
-                    raise BadPicture(f"has {image.shape[2]} x {image.shape[1]} pixels, others {shape[2]} x {shape[1]}: "
-                                     "--size N makes all alike")  # fmt: skip
-                return image
-
-            for index, reason in staging.fill(split, one, args.workers):
-                bar.update()
-                if reason:
-                    report.add(items[index].entry.path, reason)
-
-
-class Bad:
-    """Files that cannot be used: the first is refused, or with --skip-bad all are listed."""
-
-    def __init__(self, args: argparse.Namespace):
-        self._args, self._found = args, []
-
-    def add(self, path: str, reason: str) -> None:
-        """One of them."""
-        if not self._args.skip_bad:
-            raise Refused(f"{self._args.source}: {path} {reason}; --skip-bad leaves such files out")
-        self._found.append(f"{path} {reason}")
-
-    def finish(self, passed_over: int) -> None:
-        """Says how many there were, and which."""
-        if passed_over:
-            print(f"{passed_over} files that are no images by their names were passed over", file=sys.stderr)
-        if not self._found:
-            return
-        path = self._args.out.with_name(self._args.out.name + ".skipped.txt")
-        path.write_text("".join(f"{line}\n" for line in sorted(self._found)), encoding="utf-8")
-        listed = "".join(f"\n  {line}" for line in sorted(self._found)[:SHOWN])
-        print(f"{len(self._found)} bad files were left out, all of them in {path}:{listed}", file=sys.stderr)
-
-
-# The program
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, with the exit code of a bad configuration."""
+        raise Refused(f"{message.removeprefix('argument ')} (--help explains every flag)")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    text = __doc__.split("\n\n")[0].split(": ", 1)[1]
-    command = argparse.ArgumentParser(prog="python -m dpresnet.datasets.prepare", description=text, allow_abbrev=False)
-    command.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    command.add_argument("source", type=Path, metavar="SOURCE", help="folder or archive, see datasets/README.md")
-    command.add_argument("out", type=Path, metavar="OUT.h5", help="file to make")
-    command.add_argument("--name", default="", help="of the data set (that of the file)")
-    command.add_argument("--origin", dest="name_of_source", default="", metavar="TEXT", help="where it is from")
-    command.add_argument("--licence", default="unknown: see where the images are from", metavar="TEXT", help="(unknown)")
-    command.add_argument("--class-names", default="", metavar="A,B,..|FILE", help="instead of those of the source")
-    command.add_argument("--overwrite", action="store_true", help="replace OUT.h5")
-    command.add_argument("--test-fraction", type=share, default=0.0, metavar="X", help="hold out a test split from train")
-    command.add_argument("--layout", choices=arrays.LAYOUTS, help="numpy: what follows N in the arrays (what fits)")
-    images = command.add_argument_group("imagefolder")
-    images.add_argument("--size", type=at_least(0), default=0, metavar="N", help="make all images N x N (0: they are alike)")
-    images.add_argument("--fit", choices=FITS, default="shorter",
-                        help="how: scale the shorter side and cut the middle out, or scale both sides (shorter)")  # fmt: skip
-    images.add_argument("--channels", type=int, choices=(1, 3), default=3, help="grey or colour (3)")
-    images.add_argument("--skip-bad", action="store_true", help="leave files out that cannot be used, and list them")
-    images.add_argument("--max-pixels", type=at_least(1), default=pictures.MOST_PIXELS, metavar="N",
-                        help=f"of an image before it is scaled ({pictures.MOST_PIXELS})")  # fmt: skip
-    images.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N",
-                        help="threads that decode (one for each core)")  # fmt: skip
-    return command
+    """The flags: a command for each kind."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("source", metavar="SOURCE", type=Path, help="what to read")
+    common.add_argument("out", metavar="OUT.h5", type=Path, help="what to write")
+    common.add_argument("--name", help="what the data set is called (the name of OUT)")
+    common.add_argument("--licence", help="under which terms it comes (those of the kind)")
+    common.add_argument("--class-names", metavar="A,B,..|FILE", help="names of the classes, in order; FILE: one a line")
+    common.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    flags = _Parser(prog="python -m dpresnet.datasets.prepare", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    kinds = flags.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for kind in idx.KNOWN:
+        kinds.add_parser(kind, parents=[common], help="a folder with its four files, gzipped or not")
+    for kind in cifar.KNOWN:
+        kinds.add_parser(kind, parents=[common], help="the .tar.gz or its folder, binary or Python version")
+    _add_folder(kinds.add_parser("imagefolder", parents=[common], help="SPLIT/CLASS/*.jpg, .jpeg, .png, .webp: folder or zip"))
+    _add_numpy(kinds.add_parser("numpy", parents=[common], help="an .npz file of images and labels"))
+    return flags
 
 
-def at_least(least: int):
-    """A whole number for argparse."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return number
+def _add_numpy(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--layout", choices=arrays.LAYOUTS, default="",
+                         help="what the dimensions of images are (guessed where it is clear)")  # fmt: skip
+    _add_fraction(command)
 
 
-def share(text: str) -> float:
-    """A share for argparse."""
-    value = float(text)
+def _add_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: grey, 3: colours (3)")
+    command.add_argument("--size", type=_positive, default=0, metavar="N", help="N x N pixels (those that all images have)")
+    command.add_argument("--fit", choices=("shorter", "fixed"), default="shorter", help="how: the shorter side becomes N, then "
+                         "the centre square; or the whole image is squeezed (shorter)")  # fmt: skip
+    _add_fraction(command)
+    command.add_argument("--test-split", choices=folder.TEST, default="", help="which of several splits is for testing")
+    command.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them in "
+                         "OUT.h5.skipped.txt")  # fmt: skip
+    command.add_argument("--max-pixels", type=_positive, default=Shaping.most_pixels, metavar="N",
+                         help=f"larger images are not decoded ({Shaping.most_pixels:,})")  # fmt: skip
+    command.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
+                         help="threads that decode (cores)")  # fmt: skip
+
+
+def _add_fraction(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--test-fraction", type=_fraction, default=0.0, metavar="X",
+                         help="hold out this share of every class for testing, where there is no test split")  # fmt: skip
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
     return value
 
 
-def run(args: argparse.Namespace) -> None:
-    """Makes the file and says what is in it."""
-    if args.out.exists() and not args.overwrite:
-        raise Refused(f"{args.out} exists: --overwrite replaces it")
-    if not args.out.resolve().parent.is_dir():
-        raise Refused(f"{args.out}: there is no folder {args.out.resolve().parent}: create it first")
-    dataset = prepare(args)
-    facts = {"train": len(dataset.train), "test": len(dataset.test), "classes": dataset.classes, "shape": list(dataset.shape),
-             "bytes": args.out.stat().st_size, "fingerprint": dataset.fingerprint}  # fmt: skip
-    print(f"{args.out}: {json.dumps(facts)}")
+def run(argv: Sequence[str] | None) -> None:
+    """Reads, writes, and says what was made."""
+    args = parser().parse_args(argv)
+    _check_out(args.out, args.overwrite)
+    names = _given_names(args.class_names)
+    try:
+        with _content(args, names) as content:
+            dataset = _dataset(content, args, names)
+            schema.write(args.out, dataset)
+            _leave_list(Path(f"{args.out}.skipped.txt"), content.skipped)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{args.out} cannot be made: {' '.join(str(error).split())}") from None
+    for note in content.notes:
+        print(note)
+    shape = " x ".join(map(str, dataset.shape))
+    print(f"{args.out}: {len(dataset.train)} + {len(dataset.test)} images (train + test), {dataset.classes} classes, {shape}, "
+          f"{args.out.stat().st_size:,} bytes, fingerprint {dataset.fingerprint}")  # fmt: skip
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refused at once if the file could not be written after hours of decoding."""
+    if out.suffix not in (".h5", ".hdf5"):
+        raise Refused(f"{out} is not the name of a data set file: give one that ends in .h5")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise Refused(f"{out} exists: give another name{'' if out.is_dir() else ', or --overwrite'}")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise Refused(f"{out} cannot be written: {out.parent} is no folder that you can write to")
+
+
+def _given_names(text: str | None) -> tuple[str, ...]:
+    """The names of --class-names; none if it was not given."""
+    if text is None:
+        return ()
+    try:
+        lines = Path(text).read_text().splitlines() if Path(text).is_file() else text.split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"--class-names {text!r} cannot be read: {error}") from None
+    names = tuple(filter(None, (line.strip() for line in lines)))
+    if not names or len(set(names)) < len(names):
+        raise Refused(f"--class-names {text!r} is not a list of different names: give a name for each class")
+    return names
+
+
+def _content(args: argparse.Namespace, names: tuple[str, ...]) -> AbstractContextManager[Content]:
+    """What the reader of the kind finds."""
+    if args.kind in idx.KNOWN:
+        return nullcontext(idx.read(args.kind, args.source))
+    if args.kind in cifar.KNOWN:
+        return nullcontext(cifar.read(args.kind, args.source))
+    if args.kind == "numpy":
+        return nullcontext(arrays.read(args.source, args.layout, args.test_fraction, names))
+    shaping = Shaping(args.channels, args.size, args.fit, args.max_pixels)
+    options = folder.Options(shaping, args.test_fraction, args.test_split, args.skip_bad, args.workers)
+    return folder.reading(args.source, Path(f"{args.out}.partial"), options)
+
+
+def _dataset(content: Content, args: argparse.Namespace, names: tuple[str, ...]) -> schema.Dataset:
+    """What is written, with the names that were given instead of those of the content."""
+    if names and len(names) != len(content.class_names):
+        count = len(content.class_names)
+        raise Refused(f"--class-names gives {len(names)} names, {args.source} has {count} classes: give as many")
+    licence = content.licence if args.licence is None else args.licence
+    name = args.out.stem if args.name is None else args.name
+    return schema.assemble(name, content.source, licence, names or content.class_names, content.train, content.test)
+
+
+def _leave_list(path: Path, skipped: Sequence[str]) -> None:
+    """All skipped files into a file, which goes if there are none, and the first ones to the terminal."""
+    path.unlink(missing_ok=True)
+    if skipped:
+        path.write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
+        print(f"skipped {len(skipped)} files, all listed in {path}:", *skipped[:SHOWN], sep="\n  ")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 78 for what was refused."""
-    return exit_code(lambda: run(parser().parse_args(argv)))
+    """Exit code 0, or that of what was refused, with one line on stderr; 130 after Ctrl-C."""
+    try:
+        return exit_code(lambda: run(argv))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with what is missing", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -1,79 +1,93 @@
-"""Decoded images on their way into a data set, in files that outlive an interruption.
+"""Decoded images on their way into a data set, in a folder that outlives the program: what is done is never done again.
 
-Each split has a file with room for all its images, mapped into memory, and one with a byte for each that says whether it is
-there. Whoever is killed has lost the images that were being decoded; whoever comes with the same plan goes on.
+    plan.json   what is decoded, as a digest of all that the pixels depend on, and the shape of an image
+    images      uint8 [N, C, H, W], mapped into memory
+    status      a byte for each image: 1 once it is in ``images``
 """
 
+from __future__ import annotations
+
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from dpresnet.datasets.pictures import BadPicture
+from dpresnet.errors import Refused
 
-TODO, DONE, BAD = 0, 1, 2
-AT_ONCE = 16  # images for each worker that wait to be decoded
+DONE = 1
 
 
 class Staging:
-    """Room for ``counts`` images by split, uint8 [C, H, W] = ``shape``; ``key`` stands for everything that decides the pixels.
+    """``count`` images of a ``plan`` in ``folder``, which is made; ``found`` says whether it was there for this plan already,
+    ``foreign`` whether it was there for another one, whose images are then gone.
 
-    ``resumed``: how many were there already.
+    Until `begin`, ``shape`` is None for a new plan.
     """
 
-    def __init__(self, folder: Path, key: str, shape: tuple[int, int, int], counts: dict[str, int]):
-        self.folder, self._shape = folder, shape
-        plan, path = {"key": key, "shape": list(shape), "counts": counts}, folder / "plan.json"
-        if not path.exists() or json.loads(path.read_text()) != plan:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            for split, count in counts.items():
-                np.memmap(folder / f"{split}.u8", np.uint8, "w+", shape=(count, *shape)).flush()
-                np.memmap(folder / f"{split}.status", np.uint8, "w+", shape=(count,)).flush()
-            path.write_text(json.dumps(plan))  # last: without it everything begins anew
-        self.images = {split: self._map(f"{split}.u8", (count, *shape)) for split, count in counts.items()}
-        self.status = {split: self._map(f"{split}.status", (count,)) for split, count in counts.items()}
-        self.resumed = sum(int((status == DONE).sum()) for status in self.status.values())
+    def __init__(self, folder: Path, plan: str, count: int):
+        self.folder, self.plan, self.count = folder, plan, count
+        self.shape: tuple[int, int, int] | None = None
+        folder.mkdir(exist_ok=True)
+        self._lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise Refused(f"{folder} is in use by another run of this program: wait for it, or give another OUT") from None
+        held = self._held_plan()
+        self.found, self.foreign = held.get("plan") == plan, held.get("plan", plan) != plan
+        if self.found:
+            self._map(tuple(held["shape"]))
+        else:
+            self._clear()
 
-    def _map(self, name: str, shape: tuple[int, ...]) -> np.memmap:
-        return np.memmap(self.folder / name, np.uint8, "r+", shape=shape)
+    def close(self, remove: bool) -> None:
+        """Gives the folder back to other runs, or removes it."""
+        if remove:
+            shutil.rmtree(self.folder)
+        self._lock.close()
 
-    def fill(self, split: str, decode: Callable[[int], np.ndarray], workers: int) -> Iterator[tuple[int, str]]:
-        """Decodes what is not there, by several threads: yields each (index, "" or why it is bad), in order."""
-        images, status = self.images[split], self.status[split]
+    def _held_plan(self) -> dict:
+        try:
+            return json.loads((self.folder / "plan.json").read_text())
+        except (OSError, ValueError):
+            return {}
 
-        def one(index: int) -> tuple[int, str]:
-            try:
-                images[index] = decode(index)
-                status[index] = DONE  # after the pixels: a process that is killed here decodes once more
-            except BadPicture as error:
-                status[index] = BAD
-                return index, str(error)
-            return index, ""
+    def _clear(self) -> None:
+        for name in ("plan.json", "status", "images"):  # the plan first: without it the others mean nothing
+            (self.folder / name).unlink(missing_ok=True)
 
-        todo = iter(np.flatnonzero(status != DONE).tolist())
-        with ThreadPoolExecutor(workers, "dpresnet-decode") as pool:
-            try:
-                while some := list(islice(todo, AT_ONCE * workers)):
-                    yield from pool.map(one, some)
-            finally:
-                pool.shutdown(cancel_futures=True)
+    def begin(self, shape: tuple[int, int, int]) -> None:
+        """Makes room for images of this shape. Refused if the disk has too little of it, also for the data set to come."""
+        nbytes = self.count * int(np.prod(shape))
+        free = shutil.disk_usage(self.folder).free
+        if free < 2 * nbytes:
+            raise Refused(f"{self.folder.parent}: decoding and writing take {2 * nbytes / 1e9:.1f} GB, of which "
+                          f"{free / 1e9:.1f} GB are free: make room, or give an OUT on another disk")  # fmt: skip
+        for name, size in (("images", nbytes), ("status", self.count)):
+            with (self.folder / name).open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a mapped file that finds the disk full kills the process
+        whole = self.folder / "plan.json.new"
+        whole.write_text(json.dumps({"plan": self.plan, "shape": shape}))
+        whole.replace(self.folder / "plan.json")
+        self._map(shape)
 
-    def good(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """The images that are there [n, C, H, W], in order, in mapped memory, and their indices [n]."""
-        images, chosen = self.images[split], np.flatnonzero(self.status[split] == DONE)
-        if len(chosen) == len(images):
-            return images, chosen
-        kept = np.memmap(self.folder / f"{split}.good.u8", np.uint8, "w+", shape=(max(1, len(chosen)), *self._shape))
-        for place, index in enumerate(chosen):
-            kept[place] = images[index]
-        return kept[: len(chosen)], chosen
+    def _map(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self.images = np.memmap(self.folder / "images", np.uint8, "r+", shape=(self.count, *shape))
+        self.status = np.memmap(self.folder / "status", np.uint8, "r+", shape=(self.count,))
 
-    def remove(self) -> None:
-        """When the data set is whole."""
-        self.images, self.status = {}, {}
-        shutil.rmtree(self.folder)
+    @property
+    def missing(self) -> np.ndarray:
+        """The images that are not there, ascending: int64 [n]."""
+        return np.flatnonzero(self.status != DONE)
+
+    def commit(self, stored: list[int]) -> None:
+        """These images have been stored: they are on disk before their status is."""
+        if stored:
+            self.images.flush()
+            self.status[stored] = DONE
+            self.status.flush()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dpresnet import environment
-from dpresnet.datasets import pictures
+from dpresnet.datasets import images
 from dpresnet.errors import Refused, exit_code
 from dpresnet.evaluate import add_device
 
@@ -32,20 +32,22 @@ def pixels(paths: Sequence[Path], shape: tuple[int, int, int]) -> np.ndarray:
     """The files as uint8 [N, C, H, W] of ``shape``: their shorter sides scaled, their middles cut out, as when a data set is
     prepared with --size. Refused with the name of the first that cannot be used.
     """
-    pictures.check()
     channels, height, width = shape
     if height != width:
         raise Refused(f"the network was trained on {height} x {width} pixels: only squares can be cut out of an image")
     if channels not in (1, 3):
         raise Refused(f"the network was trained on {channels} channels: image files have 1 or 3")
+    images.pillow()
     found = []
     for path in paths:
+        if images.suffix(path.name) not in images.FORMATS:
+            raise Refused(f"{path} is no image by its name: give {', '.join(images.FORMATS)} files")
         try:
-            found.append(pictures.decode(path.read_bytes(), path.name, channels, height))
+            found.append(images.decode(path.read_bytes(), path.name, images.Shaping(channels, height)))
         except OSError as error:
             raise Refused(f"{path} cannot be read: {error.strerror}") from None
-        except pictures.BadPicture as error:
-            raise Refused(f"{path} {error}") from None
+        except images.Unusable as error:
+            raise Refused(f"{path}: {error}") from None
     return np.stack(found)
 
 

@@ -115,9 +115,10 @@ def broken(path):
 
 
 @pytest.mark.parametrize(("make", "said"), [
-    (broken, "picture.png cannot be decoded: "),
+    (broken, "picture.png: it is damaged"),
     (lambda path: path, "picture.png cannot be read: No such file or directory"),
     (lambda path: path.mkdir() or path, "picture.png cannot be read: Is a directory"),
+    (lambda path: path.with_suffix(".txt"), "picture.txt is no image by its name"),
 ])  # fmt: skip
 def test_pictures_that_cannot_be_used_are_refused(capfd, checkpoint, tmp_path, make, said):
     done = called(capfd, predict, checkpoint, make(tmp_path / "picture.png"))

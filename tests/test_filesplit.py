@@ -13,7 +13,6 @@ from dpresnet import data
 from dpresnet.datasets import schema
 from dpresnet.datasets.filesplit import FileSplit
 from dpresnet.errors import Refused
-from dpresnet.stall import INTERVAL, Stall
 from tests.launching import python
 
 TRAIN, TEST = 1203, 77
@@ -166,28 +165,15 @@ def test_a_writer_that_fails_leaves_nothing(dataset, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# Waiting for images
-
-
-def test_waiting_is_warned_of_above_a_tenth_of_the_time_of_an_interval():
-    stall = Stall()
-    assert [stall.add(0.1, 1.0) for _ in range(INTERVAL)] == [""] * INTERVAL  # exactly a tenth
-    said = [stall.add(0.25, 1.0) for _ in range(INTERVAL)]
-    assert said[:-1] == [""] * (INTERVAL - 1)
-    assert said[-1].startswith("WARNING: the last 100 steps waited for their images for 25% of the time: raise --data-mb")
-    assert "disk" in said[-1]
-    assert stall.add(9.0, 10.0) == "" and stall.steps == 1, "each interval begins anew"
-
-
 # In processes of their own
 
-MEASURED = """
-import resource, sys
+MEASURED = r"""
+import re, sys
 import numpy as np
 from dpresnet import data
 
-def resident():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident():  # at its peak; getrusage would count what the process that started this one had
+    return int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) * 1024
 
 budget = 32 << 20
 data.load("digits", budget_bytes=0).test.take(np.arange(9))
@@ -234,12 +220,12 @@ def test_the_bits_of_a_run_do_not_depend_on_the_budget(path, tmp_path):
     results = []
     for name, flags in (("memory", ()), ("file", ("--data-mb", "0.001"))):
         out = tmp_path / name
-        argv = ["-m", "dpresnet.train", "--dataset", path, "--replicas", "2", "--steps", "40", "--out", out, *flags]
+        argv = ["-m", "dpresnet.train", "--dataset", path, "--replicas", "2", "--steps", "10", "--out", out, *flags]
         done = python(argv)
         assert done.returncode == 0, done.stderr
         results.append(json.loads((out / "result.json").read_text()))
         steps = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
-        assert len(steps) == 40
+        assert len(steps) == 10
         assert all(0 <= line["input_ms"] <= 1e3 * 64 / line["images_per_s"] + 1 for line in steps)
     assert results[0]["params_sha256"] == results[1]["params_sha256"]
     assert results[0]["test_loss"] == results[1]["test_loss"]

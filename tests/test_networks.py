@@ -336,7 +336,8 @@ def test_every_training_pass_enters_the_running_statistics():
 
 def test_statistics_that_are_exchanged_together_stay_those_of_their_layers():
     """Where weights are zero, so are the activations; those of the shortcut beside them are not."""
-    net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=2, precision="fp32", stem="cifar", shortcut="B", replicas=2)
+    variant = {"stem": "cifar", "shortcut": "B"}
+    net = Network("resnet20", num_classes=10, image=(1, 8, 8), batch=2, precision="fp32", replicas=2, **variant)
     state = net.state_dict()
     state["layer2.0.conv2.weight"][:] = 0
     net.load_state_dict(state)

@@ -201,8 +201,9 @@ def test_exchanges_wait_for_the_last_replica_and_nothing_else(device, monkeypatc
 
 @pytest.mark.parametrize(("replicas", "group", "micro_batches"), [(1, 0, 1), (1, 1, 1), (3, 1, 1), (1, 0, 2)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(device, monkeypatch, replicas, group, micro_batches,
-                                                                             precision):  # fmt: skip
+def test_replicas_that_agree_with_nobody_have_the_same_bits_without_the_host(
+    device, monkeypatch, replicas, group, micro_batches, precision
+):
     """A device without double precision leaves what lies between two launches to the host. Batches are short in the end."""
     if not device.doubles:
         pytest.skip("the host is asked on this device anyway")
