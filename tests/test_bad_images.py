@@ -88,6 +88,11 @@ def test_all_bad_files_are_left_out_and_listed_on_request(tmp_path, capsys):
     assert not (tmp_path / "o.h5.skipped.txt").exists()
 
 
+def test_the_flag_takes_the_place_of_pillows_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # below half of the pixels Pillow would refuse
+    assert images.decode(PNG, "a.png", images.Shaping()).shape == (3, 8, 8)
+
+
 def test_a_jpeg_cut_anywhere_is_refused_or_whole(tmp_path):
     whole = images.decode(JPEG, "a.jpg", images.Shaping())
     refused = 0

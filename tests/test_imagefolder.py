@@ -288,6 +288,21 @@ def test_other_options_or_another_listing_start_anew(tmp_path, monkeypatch, caps
     assert attempt("--size", "5", "--skip-bad", code=0) == (False, False)
 
 
+def test_images_are_on_disk_before_their_status(tmp_path):
+    staging, flushed = folder.Staging(tmp_path / "s", "plan", 4), []
+    staging.begin((1, 2, 2))
+    staging.images[1] = 7
+    staging.images.flush = lambda: flushed.append(staging.status.tolist())
+    staging.status.flush = lambda: flushed.append(staging.status.tolist())
+    staging.commit([1])
+    assert flushed == [[0, 0, 0, 0], [0, 1, 0, 0]]
+    assert staging.missing.tolist() == [0, 2, 3]
+    staging.close(remove=False)
+    again = folder.Staging(tmp_path / "s", "plan", 4)
+    assert again.found and again.shape == (1, 2, 2) and again.images[1].tolist() == [[[7, 7], [7, 7]]]
+    again.close(remove=True)
+
+
 def test_a_second_run_does_not_meddle_with_the_first(tmp_path, capsys):
     root = write_files(tmp_path / "s", FILES)
     staging = folder.Staging(tmp_path / "o.h5.partial", "plan", 3)
