@@ -222,8 +222,8 @@ def test_damage_ends_a_run_that_reads_from_the_file_with_the_sample(path, tmp_pa
         chunk = file["test/images"].id.get_chunk_info(0)
     content[chunk.byte_offset + 100] ^= 1
     (tmp_path / "bad.h5").write_bytes(content)
-    flags = ("--dataset", tmp_path / "bad.h5", "--out", tmp_path / "run", "--epochs", "1", "--batch", "600", "--data-mb", "0.01")
-    done = python(["-m", "dpresnet.train", *flags])
+    flags = ("--dataset", tmp_path / "bad.h5", "--out", tmp_path / "run", "--epochs", "1", "--batch", "600")
+    done = python(["-m", "dpresnet.train", *flags, "--data-mb", "0.01"])
     assert done.returncode == Refused.exit_code
     assert "/test/images is damaged at sample 0, in rows 0 to 76" in done.stderr and "Traceback" not in done.stderr
     assert '"loss"' in (tmp_path / "run" / "metrics.jsonl").read_text(), "the training split is whole"
