@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -117,7 +116,7 @@ def arrange(files: list[File], source: Path, options: Options) -> Listing:
     labels = [numbers[name] for name, _ in samples]
     for_test = np.arange(len(samples)) >= len(splits[TRAIN])
     if options.test_fraction:
-        keys = (os.fsencode("/".join(file.path.split("/")[-2:])) for _, file in samples)
+        keys = ("/".join(file.path.split("/")[-2:]).encode(errors="surrogateescape") for _, file in samples)
         for_test = held_out(keys, labels, names, options.test_fraction)
     return Listing([file for _, file in samples], labels, for_test, names, faults, passed)
 

@@ -258,6 +258,7 @@ def test_without_pillow_the_remedy_is_named(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (("--size", "0"), "'0' is not a whole number above 0"), (("--fit", "wide"), "--fit"), (("--channels", "2"), "--channels"),
     (("--test-fraction", "1"), "'1' is not a number between 0 and 1"), (("--workers", "two"), "'two'"), (("--turn",), "--turn"),
+    (("--name", "\udcff"), "--name '\\udcff' is not UTF-8"), (("--licence", "\udcff"), "--licence '\\udcff' is not UTF-8"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, capsys, flags, words):
     assert words in refusal(capsys, "imagefolder", write_files(tmp_path / "s", GOOD), tmp_path / "o.h5", *flags)
