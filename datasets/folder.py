@@ -122,13 +122,13 @@ def arrange(files: list[File], source: Path, options: Options) -> Listing:
 
 
 def _images(files: list[File]) -> tuple[list[File], Counter[str]]:
-    """The images by name, and how many others there are of each kind. Hidden files, and what macOS adds to zip files, are
-    others.
+    """The images by name, and how many others there are of each kind. Hidden files are others,
+    such as those that macOS adds to zip files.
     """
     images, passed = [], Counter()
     for file in files:
         parts = file.path.split("/")
-        if suffix(parts[-1]) in FORMATS and parts[0] != "__MACOSX" and not any(part.startswith(".") for part in parts):
+        if suffix(parts[-1]) in FORMATS and not any(part.startswith(".") for part in parts):
             images.append(file)
         else:
             passed[f".{suffix(parts[-1])}" if suffix(parts[-1]) else parts[-1]] += 1
