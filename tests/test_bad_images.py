@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpresnet.datasets import folder, images, prepare, schema
+from dpresnet.datasets import folder, images, prepare, schema, sources
 from tests.preparing import prepared, refusal, write_files
 
 
@@ -196,6 +196,19 @@ def test_a_bad_member_is_refused_or_left_out(tmp_path, capsys, kind):
     assert reason in line and ("train/a/bad.png" in line or kind == "twice")
     assert len(prepared("imagefolder", path, tmp_path / "o.h5", "--skip-bad").train) == 4
     assert (tmp_path / "o.h5.skipped.txt").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_are_read_to_their_last_byte(tmp_path, compression):
+    content = np.random.default_rng(1).bytes(10_000)
+    with zipfile.ZipFile(tmp_path / "s.zip", "w", compression) as archive:
+        archive.writestr("train/a/0.png", content)
+    source = sources.open_source(tmp_path / "s.zip")
+    (file,) = source.files()
+    assert source.read(file, 10_000) == content
+    with pytest.raises(images.Unusable, match="more than 9,999 bytes"):
+        source.read(file, 9_999)
+    source.close()
 
 
 def test_the_memory_that_a_zip_bomb_takes_is_bounded(tmp_path):

@@ -190,6 +190,7 @@ def test_held_out_by_the_names_not_by_the_order(tmp_path):
     assert values[1] != set(range(6))
     mask = held_out([b"x%d" % i for i in range(9)], [0] * 9, ["a"], 0.99)
     assert mask.sum() == 8, "one stays to be trained on"
+    assert held_out([b"x%d" % i for i in range(9)], [0] * 9, ["a"], 0.01).sum() == 1, "one is for testing"
 
 
 def test_names_of_classes_can_be_given(tmp_path, capsys):
