@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -117,19 +116,19 @@ def arrange(files: list[File], source: Path, options: Options) -> Listing:
     labels = [numbers[name] for name, _ in samples]
     for_test = np.arange(len(samples)) >= len(splits[TRAIN])
     if options.test_fraction:
-        keys = (os.fsencode("/".join(file.path.split("/")[-2:])) for _, file in samples)
+        keys = ("/".join(file.path.split("/")[-2:]).encode(errors="surrogateescape") for _, file in samples)
         for_test = held_out(keys, labels, names, options.test_fraction)
     return Listing([file for _, file in samples], labels, for_test, names, faults, passed)
 
 
 def _images(files: list[File]) -> tuple[list[File], Counter[str]]:
-    """The images by name, and how many others there are of each kind. Hidden files, and what macOS adds to zip files, are
-    others.
+    """The images by name, and how many others there are of each kind. Hidden files are others,
+    such as those that macOS adds to zip files.
     """
     images, passed = [], Counter()
     for file in files:
         parts = file.path.split("/")
-        if suffix(parts[-1]) in FORMATS and parts[0] != "__MACOSX" and not any(part.startswith(".") for part in parts):
+        if suffix(parts[-1]) in FORMATS and not any(part.startswith(".") for part in parts):
             images.append(file)
         else:
             passed[f".{suffix(parts[-1])}" if suffix(parts[-1]) else parts[-1]] += 1

@@ -16,6 +16,7 @@ from typing import NoReturn
 from dpresnet.datasets import arrays, cifar, folder, idx, schema
 from dpresnet.datasets.content import Content
 from dpresnet.datasets.images import Shaping
+from dpresnet.environment import usable_cores
 from dpresnet.errors import Refused, exit_code
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
@@ -66,7 +67,7 @@ def _add_folder(command: argparse.ArgumentParser) -> None:
                          "OUT.h5.skipped.txt")  # fmt: skip
     command.add_argument("--max-pixels", type=_positive, default=Shaping.most_pixels, metavar="N",
                          help=f"larger images are not decoded ({Shaping.most_pixels:,})")  # fmt: skip
-    command.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
+    command.add_argument("--workers", type=_positive, default=usable_cores(), metavar="N",
                          help="threads that decode (cores)")  # fmt: skip
 
 
@@ -94,6 +95,7 @@ def _fraction(text: str) -> float:
 def run(argv: Sequence[str] | None) -> None:
     """Reads, writes, and says what was made."""
     args = parser().parse_args(argv)
+    _check_texts(args)
     _check_out(args.out, args.overwrite)
     names = _given_names(args.class_names)
     try:
@@ -101,13 +103,21 @@ def run(argv: Sequence[str] | None) -> None:
             dataset = _dataset(content, args, names)
             schema.write(args.out, dataset)
             _leave_list(Path(f"{args.out}.skipped.txt"), content.skipped)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise Refused(f"{args.out} cannot be made: {' '.join(str(error).split())}") from None
     for note in content.notes:
         print(note)
     shape = " x ".join(map(str, dataset.shape))
     print(f"{args.out}: {len(dataset.train)} + {len(dataset.test)} images (train + test), {dataset.classes} classes, {shape}, "
           f"{args.out.stat().st_size:,} bytes, fingerprint {dataset.fingerprint}")  # fmt: skip
+
+
+def _check_texts(args: argparse.Namespace) -> None:
+    """Refused for what a file cannot hold as text: bytes of the command line that are none."""
+    for flag in ("name", "licence", "class_names"):
+        value = getattr(args, flag) or ""
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise Refused(f"--{flag.replace('_', '-')} {value!r} is not UTF-8: give a text that is")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

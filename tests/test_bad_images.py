@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpresnet.datasets import folder, images, prepare, schema
+from dpresnet.datasets import folder, images, prepare, schema, sources
 from tests.preparing import prepared, refusal, write_files
 
 
@@ -86,6 +86,11 @@ def test_all_bad_files_are_left_out_and_listed_on_request(tmp_path, capsys):
     assert sum(line in said for line in listed) == prepare.SHOWN
     prepared("imagefolder", tmp_path / "clean" / "s", out, "--overwrite", "--skip-bad")
     assert not (tmp_path / "o.h5.skipped.txt").exists()
+
+
+def test_the_flag_takes_the_place_of_pillows_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # below half of the pixels Pillow would refuse
+    assert images.decode(PNG, "a.png", images.Shaping()).shape == (3, 8, 8)
 
 
 def test_a_jpeg_cut_anywhere_is_refused_or_whole(tmp_path):
@@ -193,6 +198,19 @@ def test_a_bad_member_is_refused_or_left_out(tmp_path, capsys, kind):
     assert (tmp_path / "o.h5.skipped.txt").read_text().count("\n") == 1
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_are_read_to_their_last_byte(tmp_path, compression):
+    content = np.random.default_rng(1).bytes(10_000)
+    with zipfile.ZipFile(tmp_path / "s.zip", "w", compression) as archive:
+        archive.writestr("train/a/0.png", content)
+    source = sources.open_source(tmp_path / "s.zip")
+    (file,) = source.files()
+    assert source.read(file, 10_000) == content
+    with pytest.raises(images.Unusable, match="more than 9,999 bytes"):
+        source.read(file, 9_999)
+    source.close()
+
+
 def test_the_memory_that_a_zip_bomb_takes_is_bounded(tmp_path):
     path = patched(bomb(tmp_path / "s.zip"), "train/a/bad.png", 24, struct.pack("<I", 1000), 22)
     code = r"""if True:
@@ -253,6 +271,7 @@ def test_without_pillow_the_remedy_is_named(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (("--size", "0"), "'0' is not a whole number above 0"), (("--fit", "wide"), "--fit"), (("--channels", "2"), "--channels"),
     (("--test-fraction", "1"), "'1' is not a number between 0 and 1"), (("--workers", "two"), "'two'"), (("--turn",), "--turn"),
+    (("--name", "\udcff"), "--name '\\udcff' is not UTF-8"), (("--licence", "\udcff"), "--licence '\\udcff' is not UTF-8"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, capsys, flags, words):
     assert words in refusal(capsys, "imagefolder", write_files(tmp_path / "s", GOOD), tmp_path / "o.h5", *flags)

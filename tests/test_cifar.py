@@ -176,6 +176,7 @@ EVIL = {
     "used twice": (b"\x80\x02]q\x00h\x00a.", "uses a list twice"),
     "empty stack": (b"\x80\x02e.", "pop from empty list"),
     "too few": (b"\x80\x02(K\x01\x86.", "takes more than it has made"),
+    "across a mark": (b"\x80\x02}K\x01K\x02(K\x03\x86.", "takes more than it has made"),
     "built": (b"\x80\x02}U\x01ab.", "treats a dict as a Array"),
     "nothing": (b"", "not the pickle"),
     "text": (b"just text", "not the pickle"),

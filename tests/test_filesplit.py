@@ -216,6 +216,19 @@ def test_memory_stays_within_the_budget(tmp_path):
     assert int(growth) < (32 << 20) + SLACK
 
 
+def test_damage_ends_a_run_that_reads_from_the_file_with_the_sample(path, tmp_path):
+    content = bytearray(path.read_bytes())
+    with h5py.File(path) as file:
+        chunk = file["test/images"].id.get_chunk_info(0)
+    content[chunk.byte_offset + 100] ^= 1
+    (tmp_path / "bad.h5").write_bytes(content)
+    flags = ("--dataset", tmp_path / "bad.h5", "--out", tmp_path / "run", "--epochs", "1", "--batch", "600")
+    done = python(["-m", "dpresnet.train", *flags, "--data-mb", "0.01"])
+    assert done.returncode == Refused.exit_code
+    assert "/test/images is damaged at sample 0, in rows 0 to 76" in done.stderr and "Traceback" not in done.stderr
+    assert '"loss"' in (tmp_path / "run" / "metrics.jsonl").read_text(), "the training split is whole"
+
+
 def test_the_bits_of_a_run_do_not_depend_on_the_budget(path, tmp_path):
     results = []
     for name, flags in (("memory", ()), ("file", ("--data-mb", "0.001"))):

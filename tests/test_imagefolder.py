@@ -190,6 +190,7 @@ def test_held_out_by_the_names_not_by_the_order(tmp_path):
     assert values[1] != set(range(6))
     mask = held_out([b"x%d" % i for i in range(9)], [0] * 9, ["a"], 0.99)
     assert mask.sum() == 8, "one stays to be trained on"
+    assert held_out([b"x%d" % i for i in range(9)], [0] * 9, ["a"], 0.01).sum() == 1, "one is for testing"
 
 
 def test_names_of_classes_can_be_given(tmp_path, capsys):
@@ -286,6 +287,21 @@ def test_other_options_or_another_listing_start_anew(tmp_path, monkeypatch, caps
     os.utime(root / "train/ant/0.png", ns=(1, 1))
     assert attempt("--size", "5") == (True, True)
     assert attempt("--size", "5", "--skip-bad", code=0) == (False, False)
+
+
+def test_images_are_on_disk_before_their_status(tmp_path):
+    staging, flushed = folder.Staging(tmp_path / "s", "plan", 4), []
+    staging.begin((1, 2, 2))
+    staging.images[1] = 7
+    staging.images.flush = lambda: flushed.append(staging.status.tolist())
+    staging.status.flush = lambda: flushed.append(staging.status.tolist())
+    staging.commit([1])
+    assert flushed == [[0, 0, 0, 0], [0, 1, 0, 0]]
+    assert staging.missing.tolist() == [0, 2, 3]
+    staging.close(remove=False)
+    again = folder.Staging(tmp_path / "s", "plan", 4)
+    assert again.found and again.shape == (1, 2, 2) and again.images[1].tolist() == [[[7, 7], [7, 7]]]
+    again.close(remove=True)
 
 
 def test_a_second_run_does_not_meddle_with_the_first(tmp_path, capsys):
