@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -89,17 +90,18 @@ class Course:
         cfg, trainer = self.cfg, self.trainer
         epoch, start = divmod(self.progress.step, self.steps_per_epoch)
         samples = order(cfg.seed, epoch, len(self.dataset.train))
+        draw = partial(trainer.model.pixels.augmentation.drawn, cfg.seed, epoch)
         loader = Loader(self.dataset.train, samples, cfg.replicas, cfg.batch, trainer.replicas_range,
-                        start * cfg.accumulate, ahead=max(2, cfg.accumulate))  # fmt: skip
+                        start * cfg.accumulate, ahead=max(2, cfg.accumulate), draw=draw)  # fmt: skip
         for micro_batches in in_steps(loader, cfg.accumulate):
             yield epoch, micro_batches
 
-    def step(self, epoch: int, micro_batches: list[Batch], stop: bool = False, trail: Trail | None = None) -> Outcome:
+    def step(self, micro_batches: list[Batch], stop: bool = False, trail: Trail | None = None) -> Outcome:
         """Trains on one global batch; ``trail`` gets what every entry has written."""
         cfg, self.trainer.trail = self.cfg, trail
         hyper = Hyper(cfg.momentum, cfg.weight_decay, cfg.nesterov)
         shards, count = [batch.shards for batch in micro_batches], sum(batch.count for batch in micro_batches)
-        outcome = self.trainer.step(shards, count, self.lr, hyper, seed=cfg.seed, epoch=epoch, stop=stop)
+        outcome = self.trainer.step(shards, count, self.lr, hyper, stop=stop)
         self.trainer.trail = None
         self.progress.count(outcome)
         return outcome
@@ -107,8 +109,10 @@ class Course:
     def evaluate(self) -> Outcome:
         """The test split, each sample exactly once over all replicas; ``culprit`` is the first of all its batches."""
         total, samples = Outcome(0, 0.0, 0), np.arange(len(self.dataset.test))
-        for batch in Loader(self.dataset.test, samples, self.cfg.replicas, self.cfg.batch, self.trainer.replicas_range):
-            part = self.trainer.evaluate(batch.shards)
+        cfg, trainer = self.cfg, self.trainer
+        for batch in Loader(self.dataset.test, samples, cfg.replicas, cfg.batch, trainer.replicas_range,
+                            draw=trainer.model.pixels.augmentation.centred):  # fmt: skip
+            part = trainer.evaluate(batch.shards)
             total = Outcome(total.count + batch.count, total.loss + part.loss, total.correct + part.correct,
                             culprit=total.culprit or part.culprit)  # fmt: skip
         return total

@@ -155,7 +155,7 @@ def steps(course: Any, run: Run, until: int) -> Iterator[tuple[int, dict[str, An
             for epoch, micro_batches in course.rest_of_epoch():
                 marks = trail.Trail()
                 lr, scale = course.lr, course.trainer.scaler.scale
-                outcome = course.step(epoch, micro_batches, trail=marks if progress.step + 1 in run.trails else None)
+                outcome = course.step(micro_batches, trail=marks if progress.step + 1 in run.trails else None)
                 values = (epoch, progress.samples, outcome.loss / outcome.count, lr, scale, course.trainer.scaler.skipped)
                 bar.update()
                 yield progress.step, dict(zip(OF_STEPS, values, strict=True)), marks

@@ -17,8 +17,8 @@ FOLDERS = {"dpresnet": ROOT / "dpresnet", "dpresnet.datasets": ROOT / "datasets"
 # A module may import modules of lower layers only.
 LAYERS = [
     ["trace"],
-    ["errors", "reference", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
-    ["launcher", "shared"],
+    ["errors", "reference", "reference_augment", "shape", "tree", "tiles", "pocl", "events", "wire", "bench.torch_resnet"],
+    ["launcher", "shared", "augment"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "commandline", "schedule", "checkpoint", "data", "report", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags", "bench.channel"],
@@ -38,16 +38,16 @@ LAYERS = [
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline"],
 ]
-ALONE = ["trace", "errors", "reference", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
+ALONE = ["trace", "errors", "reference", "reference_augment", "shape", "tree", "tiles", "pocl", "wire", "bench.torch_resnet"]
 WITHOUT_MPI = ["pocl", "device", "plan", "convolution", "ops.*", "state", "nn", "resnet", "model", "initial", "replicas",
                "tuning"]  # fmt: skip
 WITHOUT_OPENCL = ["launcher", "comm", "exchange", "buckets", "failure"]
 WITHOUT_BOTH = ["config", "commandline", "amp", "schedule", "checkpoint", "data", "report", "environment", "trail", "events"]
-WITHOUT_BOTH += ["explain", "datasets.*", "trace", "timeline", "shared"]
+WITHOUT_BOTH += ["augment", "explain", "datasets.*", "trace", "timeline", "shared"]
 WITHOUT_BOTH += [f"bench.{name}" for name in ("workload", "facts", "flags", "channel", "child", "step", "memory", "picture",
                                             "projection", "scaling", "theirs")]  # fmt: skip
 
-NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "tile", "transform"}
+NOT_OPERATIONS = {"common", "convolution", "packing", "probe", "tile", "transform", "view"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 
 
