@@ -61,12 +61,12 @@ class Config:
     image: int = _flag(32, "data", "height and width in pixels, for synthetic only", least=1)
     channels: int = _flag(3, "data", "colour channels, for synthetic only", least=1)
 
-    augment: bool = _flag(True, "augmentation", "change the images of training at random, a function of seed, epoch and sample, "
-                          "as the flags below say")
-    crop_padding: int = _flag(-1, "augmentation", "random crops of the image with so many black pixels around it; -1: an eighth "
-                              "of the image, unless it is cropped in another way", least=-1)
-    resized_crop: float = _flag(0.0, "augmentation", "random crops of any shape, scaled to the size of the network: the smallest "
-                                "share of the area, such as 0.08; 0: off", least=0.0, most=1.0)
+    augment: bool = _flag(True, "augmentation", "change the images of training at random, by seed, epoch and sample, as the "
+                          "flags below say")
+    crop_padding: int = _flag(-1, "augmentation", "random crops of the image with so many black pixels around it; -1: an "
+                              "eighth of the image, unless it is cropped in another way", least=-1)
+    resized_crop: float = _flag(0.0, "augmentation", "random crops of any shape, scaled to the size of the network: the "
+                                "smallest share of the area, such as 0.08; 0: off", least=0.0, most=1.0)
     crop_size: int = _flag(0, "augmentation", "height and width that the network gets, if smaller than stored images: training "
                            "crops at random, evaluation in the middle; 0: as stored", least=0)
     flip: str = _flag("auto", "augmentation", "mirror every other image; auto: colour images only",

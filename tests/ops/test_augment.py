@@ -16,7 +16,9 @@ SHAPES = [(MANY, 3, 8, 11), (MANY, 1, 5, 4), (2, 16, 3, 3), (9, 9, 2, 2), (3, 3,
 EVERYTHING = {"resized": 0.08, "flip": True, "jitter": 0.9, "erase": 0.6, "cutout": 3, "mixup": 0.7, "cutmix": 1.0}
 
 
-def normalise(bench: Bench, images: np.ndarray, views: np.ndarray, wanted: Augmentation, valid: int | None = None) -> np.ndarray:
+def normalise(
+    bench: Bench, images: np.ndarray, views: np.ndarray, wanted: Augmentation, valid: int | None = None
+) -> np.ndarray:
     """Views [N, C, *size] from the device; those beyond ``valid`` do not count."""
     x, y = bench.array(images, np.uint8), bench.out_image((*images.shape[:2], *wanted.size))
     control = bench.control(valid=len(images) if valid is None else valid)
