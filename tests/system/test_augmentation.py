@@ -22,14 +22,14 @@ def test_an_augmented_run_has_the_same_bits_everywhere(tmp_path):
     train, test = (Split(rng.integers(0, 256, (n, 3, 9, 12), np.uint8), (np.arange(n) % 3).astype(np.int32)) for n in (53, 9))
     file = tmp_path / "random.h5"
     schema.write(file, schema.assemble("random", "made here", "none", tuple("abc"), train, test))
-    base = ("--dataset", str(file), "--replicas", "4", "--batch", "3", "--accumulate", "2", "--epochs", "2", *AUGMENTED,
+    base = ("--dataset", str(file), "--replicas", "2", "--batch", "5", "--accumulate", "2", "--epochs", "2", *AUGMENTED,
             "--save-every-epochs", "0", "--save-every-steps", "2")  # fmt: skip
     together, parted = tmp_path / "together", tmp_path / "parted"
     assert succeed(2, together, base=base)["steps"] == 6
     verified = python(["-m", "dpresnet.verify", together])
     assert verified.returncode == 0 and "every bit the same" in verified.stdout, verified.stderr
     succeed(0, parted, "--steps", "4", "--debug", base=base)
-    assert succeed(4, parted, "--resume", "auto", base=base)["params_sha256"] == sha(together)
+    assert succeed(2, parted, "--resume", "auto", base=base)["params_sha256"] == sha(together)
     assert curve(parted) == curve(together)
 
 
