@@ -95,7 +95,8 @@ class Classifier:
 
     def batches(self, split: Split) -> Iterator[tuple[np.ndarray, float]]:
         """The logits [n, classes] and the summed loss of one batch after the other, in the order of the split."""
-        for batch in Loader(split, np.arange(len(split)), 1, self.cfg.batch, range(1)):
+        draw = self._model.pixels.augmentation.centred
+        for batch in Loader(split, np.arange(len(split)), 1, self.cfg.batch, range(1), draw=draw):
             outcome = self._trainer.evaluate(batch.shards, self.averaged)
             (logits,) = self._trainer.logits(batch.shards)
             yield logits[:, : len(self.class_names)].copy(), outcome.loss

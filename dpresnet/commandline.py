@@ -4,7 +4,7 @@ import argparse
 import functools
 import itertools
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,14 +53,16 @@ def _derived(cfg: Config) -> dict[str, Any]:
     return {"warmup_epochs": warmup, "out": f"runs/{Path(cfg.dataset).stem}-{cfg.arch}", **adaptive}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses as all of ours does."""
+
     def error(self, message: str) -> NoReturn:
         """Ours is one line and exit code 78, where argparse prints the usage and exits with 2."""
         raise Refused(f"{message.removeprefix('argument ')} (--help explains every flag)")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         usage="python -m dpresnet.train [flags]     mpirun -n 4 python -m dpresnet.train [flags]",
         description="Train a residual network data-parallel on OpenCL devices, with MPI between the ranks.",
         epilog=f"Recipes: {', '.join(recipe.names())}. "
@@ -70,11 +72,16 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # so that what was given can be told from what was not
         allow_abbrev=False,
     )
-    for title, specs in itertools.groupby(fields(Config), key=lambda spec: spec.metadata["group"]):
-        group = parser.add_argument_group(title)
-        for spec in specs:
-            group.add_argument(flag_name(spec.name), help=_help(spec), **_argument(spec))
+    add_flags(parser, fields(Config))
     return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, specs: Iterable[Field]) -> None:
+    """Adds the flags of these fields of `Config`, in their groups."""
+    for title, members in itertools.groupby(specs, key=lambda spec: spec.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for spec in members:
+            group.add_argument(flag_name(spec.name), help=_help(spec), **_argument(spec))
 
 
 def _argument(spec: Field) -> dict[str, Any]:

@@ -25,6 +25,7 @@ CIFAR_ARCHS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 PLAIN_ARCHS = ("plain20", "plain32", "plain44", "plain56")
 
 BUILT_IN_DATASETS = ("digits", "synthetic")
+AUGMENTS = ("crop_padding", "resized_crop", "flip", "jitter", "erase", "cutout", "mixup", "cutmix")  # with --augment
 
 RESUMABLE = frozenset({
     "recipe",  # what it says is in the other fields
@@ -67,6 +68,26 @@ class Config:
     channels: int = _flag(3, "data", "colour channels, for synthetic only", least=1)
     data_mb: float = _flag(4096.0, "data", "MiB of samples that a rank keeps in memory; a larger file is read again in every "
                            "epoch", above=0.0)
+
+    augment: bool = _flag(True, "augmentation", "change the images of training at random, by seed, epoch and sample, as the "
+                          "flags below say")
+    crop_padding: int = _flag(-1, "augmentation", "random crops of the image with so many black pixels around it; -1: an "
+                              "eighth of the image, unless it is cropped in another way", least=-1)
+    resized_crop: float = _flag(0.0, "augmentation", "random crops of any shape, scaled to the size of the network: the "
+                                "smallest share of the area, such as 0.08; 0: off", least=0.0, most=1.0)
+    crop_size: int = _flag(0, "augmentation", "height and width that the network gets, if smaller than stored images: training "
+                           "crops at random, evaluation in the middle; 0: as stored", least=0)
+    flip: str = _flag("auto", "augmentation", "mirror every other image; auto: colour images only",
+                      choices=("auto", "on", "off"))
+    jitter: float = _flag(0.0, "augmentation", "largest relative change of brightness, contrast and saturation, such as 0.4; "
+                          "0: off", least=0.0, most=1.0)
+    erase: float = _flag(0.0, "augmentation", "probability of erasing a rectangle of 0.02 to 0.4 of the area", least=0.0,
+                         most=1.0)
+    cutout: int = _flag(0, "augmentation", "height and width of a square cut out of every image; 0: off", least=0)
+    mixup: float = _flag(0.0, "augmentation", "blend pairs of images and their labels, by shares from Beta(X, X); 0: off",
+                         least=0.0, most=100.0)
+    cutmix: float = _flag(0.0, "augmentation", "paste a rectangle of another image, of a share from Beta(X, X), and mix the "
+                          "labels; with --mixup one of both, equally often; 0: off", least=0.0, most=100.0)
 
     recipe: str = _flag("", "run", "settings to start from; the flags beside it win", metavar="NAME|FILE.toml", shown="none")
     batch: int = _flag(32, "run", "samples per replica and step", least=1)
@@ -176,6 +197,7 @@ def validate(cfg: Config) -> None:
     for spec in fields(Config):
         _check(cfg, spec)
     _check_dataset(cfg)
+    _check_augmentation(cfg)
     _check_model(cfg)
     _check_statistics(cfg)
     milestones_of(cfg)
@@ -230,6 +252,15 @@ def _check_dataset(cfg: Config) -> None:
         refuse(cfg, "num_classes", "leaves nothing to learn: give at least 2, or 0 to take them from the data set")
 
 
+def _check_augmentation(cfg: Config) -> None:
+    if cfg.resized_crop and cfg.crop_padding > 0:
+        refuse(cfg, "crop_padding", "and --resized-crop are two ways to crop: leave one of them out")
+    if not cfg.augment:
+        names = [name for name in AUGMENTS if getattr(cfg, name) != getattr(Config, name)]
+        if names:
+            refuse(cfg, names[0], "has no effect with --no-augment: leave one of them out")
+
+
 def _check_model(cfg: Config) -> None:
     plain = cfg.arch in PLAIN_ARCHS
     if plain and cfg.shortcut in ("B", "C"):
@@ -242,14 +273,15 @@ def _check_statistics(cfg: Config) -> None:
     """The variance of a single value is 0, so every normalised activation would be a constant."""
     sharing = statistics_group(cfg.bn, cfg.replicas)
     if cfg.dataset == "synthetic" and cfg.batch * sharing * _smallest_map(cfg) ** 2 == 1:
-        refuse(cfg, "image", "leaves batch norm one value per channel in the last layers: raise --image or --batch")
+        name = "crop_size" if cfg.crop_size else "image"
+        refuse(cfg, name, f"leaves batch norm one value per channel in the last layers: raise {flag_name(name)} or --batch")
 
 
 def _smallest_map(cfg: Config) -> int:
-    """Height of the last feature map of a synthetic image; every halving rounds up."""
+    """Height of the last feature map for a synthetic image; every halving rounds up."""
     stem = 1 if cfg.stem == "cifar" else 4
     stages = 8 if cfg.arch in IMAGENET_ARCHS else 4
-    return math.ceil(cfg.image / (stem * stages))
+    return math.ceil((cfg.crop_size or cfg.image) / (stem * stages))
 
 
 def statistics_group(bn: str, replicas: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 
@@ -96,17 +97,17 @@ class Course:
         cfg, trainer = self.cfg, self.trainer
         epoch, start = divmod(self.progress.step, self.steps_per_epoch)
         samples = order(cfg.seed, epoch, len(self.dataset.train))
+        draw = partial(trainer.model.pixels.augmentation.drawn, cfg.seed, epoch)
         loader = Loader(self.dataset.train, samples, cfg.replicas, cfg.batch, trainer.replicas_range,
-                        start * cfg.accumulate, ahead=max(2, cfg.accumulate))  # fmt: skip
+                        start * cfg.accumulate, ahead=max(2, cfg.accumulate), draw=draw)  # fmt: skip
         for micro_batches in in_steps(loader, cfg.accumulate):
             yield epoch, micro_batches
 
-    def step(self, epoch: int, micro_batches: list[Batch], stop: bool = False, trail: Trail | None = None) -> Outcome:
+    def step(self, micro_batches: list[Batch], stop: bool = False, trail: Trail | None = None) -> Outcome:
         """Trains on one global batch; ``trail`` gets what every entry has written."""
-        cfg, self.trainer.trail = self.cfg, trail
+        self.trainer.trail = trail
         shards, count = [batch.shards for batch in micro_batches], sum(batch.count for batch in micro_batches)
-        outcome = self.trainer.step(shards, count, self.lr, self.hyper, seed=cfg.seed, epoch=epoch, updates=self.updates,
-                                    stop=stop)  # fmt: skip
+        outcome = self.trainer.step(shards, count, self.lr, self.hyper, updates=self.updates, stop=stop)
         self.trainer.trail = None
         self.progress.count(outcome)
         return outcome
@@ -118,7 +119,8 @@ class Course:
     def _evaluate(self, averaged: bool) -> Evaluation:
         """Each sample exactly once over all replicas; ``culprit`` is the first of all batches."""
         loss, culprit, samples, parts = 0.0, "", np.arange(len(self.dataset.test)), []
-        for batch in Loader(self.dataset.test, samples, self.cfg.replicas, self.cfg.batch, self.trainer.replicas_range):
+        for batch in Loader(self.dataset.test, samples, self.cfg.replicas, self.cfg.batch, self.trainer.replicas_range,
+                            draw=self.trainer.model.pixels.augmentation.centred):  # fmt: skip
             outcome = self.trainer.evaluate(batch.shards, averaged)
             loss, culprit = loss + outcome.loss, culprit or outcome.culprit
             shown = zip(self.trainer.logits(batch.shards), batch.shards, strict=True)

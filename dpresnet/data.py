@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import trace
+from .augment import Draws
 from .datasets import schema
 from .datasets.filesplit import FileSplit
 from .datasets.schema import Dataset, Split
@@ -71,11 +72,14 @@ def steps_per_epoch(samples: int, batch: int) -> int:
 
 
 class Shard(NamedTuple):
-    """What one replica gets of a batch: images uint8 [n, C, H, W], labels int32 [n], sample indices int64 [n]."""
+    """What one replica gets of a batch: images uint8 [n, C, H, W], labels int32 [n], sample indices int64 [n], and how they
+    look, `dpresnet.augment.VIEW` [n], if the loader draws that.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     indices: np.ndarray
+    views: np.ndarray | None = None
 
 
 class Batch(NamedTuple):
@@ -104,7 +108,8 @@ class Loader:
 
     Global batch g is ``order[g*V*b : (g+1)*V*b]`` with V = ``replicas`` and b = ``batch``, and replica v has the slice
     of b samples that starts at v*b. The last batch holds what remains, so its later replicas may have fewer samples or
-    none. A shuffled epoch passes ``order(seed, epoch, n)``; evaluation passes ``np.arange(n)``.
+    none. A shuffled epoch passes ``order(seed, epoch, n)``; evaluation passes ``np.arange(n)``. ``draw`` gives the views of
+    (indices, images).
 
     Iterating makes the next ``ahead`` batches in a thread. Its exceptions are raised here, at the batch that they belong to,
     and it ends with the iteration, whether that is exhausted, left early or failed.
@@ -117,6 +122,7 @@ class Loader:
     local: range
     start: int = 0
     ahead: int = _PREFETCHED
+    draw: Draws | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.steps:
@@ -140,7 +146,8 @@ class Loader:
         return Batch(step, shards, len(samples))
 
     def _shard(self, indices: np.ndarray) -> Shard:
-        return Shard(self.split.take(indices), self.split.labels[indices], indices)
+        images = self.split.take(indices)
+        return Shard(images, self.split.labels[indices], indices, self.draw(indices, images) if self.draw else None)
 
     def __iter__(self) -> Iterator[Batch]:
         pool, ahead = ThreadPoolExecutor(1, "dpresnet-prefetch"), deque()

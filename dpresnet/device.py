@@ -20,7 +20,9 @@ from dpresnet import pocl, tiles
 from dpresnet.errors import Refused
 
 BLOCK = 16  # neighbouring channels stored together, see kernels/common.cl
-HEADERS = {"conv": ("tile", "convolution", "packing"), "winograd": ("tile", "transform")}  # of sources, beside common.cl
+HEADERS = {  # of sources, beside common.cl
+    "conv": ("tile", "convolution", "packing"), "winograd": ("tile", "transform"), "augment": ("view",), "loss": ("view",),
+}  # fmt: skip
 TUNED = ("conv", "winograd")  # stems whose kernels have sizes that can be measured, see `dpresnet.tiles`
 LAST_LEVEL_BYTES = 16 * 2**20  # what is larger is not expected in a cache when it is read again
 ALIGNMENT = 512  # bytes; satisfies the sub-buffer rule of every vendor (at most 4096 bits)

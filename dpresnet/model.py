@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpresnet.augment import VIEW, Augmentation
 from dpresnet.device import Device
 from dpresnet.errors import Refused
 from dpresnet.nn import Recorder
@@ -25,8 +26,7 @@ class Pixels:
 
     mean: np.ndarray
     std: np.ndarray
-    padding: int = 0
-    flip: bool = False
+    augmentation: Augmentation
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Recorded:
     plan: Plan
     prepare: Plan
     control: Tensor
-    images: Tensor  # [N, C, H, W] u8 with ``samples``, or fp32 without
-    samples: Tensor | None
+    images: Tensor  # [N, C, H, W]: stored ones, u8, with ``views``, or fp32 without
+    views: Tensor | None
     labels: Tensor
     logits: Tensor
     loss: Tensor
@@ -48,15 +48,16 @@ class Recorded:
 
     def host_tensors(self) -> list[Tensor]:
         """Every array of the host's side."""
-        listed = [self.control, self.images, self.samples, self.labels, self.logits, self.loss, self.correct]
+        listed = [self.control, self.images, self.views, self.labels, self.logits, self.loss, self.correct]
         return [tensor for tensor in listed if tensor is not None]
 
 
 class Model:
     """Everything about a network that does not change while it trains.
 
-    ``image`` is (channels, height, width), ``batch`` the images per replica. ``pixels`` says how 8-bit images are normalised;
-    None means that fp32 images arrive as they are. With ``accumulate`` there is room for the sum of several micro-batches.
+    ``image`` is (channels, height, width), ``batch`` the images per replica. ``pixels`` says how 8-bit images, which may be
+    larger, are normalised; None means that fp32 images arrive as they are. With ``accumulate`` there is room for the sum of
+    several micro-batches.
     ``rule`` says how parameters are updated.
     """
 
@@ -66,7 +67,7 @@ class Model:
         self.device, self.arch, self.options, self.image = device, arch, options, image
         self.batch, self.precision, self.rule = batch, precision, rule
         self.state = State()
-        self._smoothing, self._pixels = smoothing, pixels
+        self._smoothing, self.pixels = smoothing, pixels
         self.train, self.evaluate = self._record(train=True), self._record(train=False)
         self.gradients = [p.grad for p in reversed(self.parameters)]  # about the order in which backward finishes them
         self.bytes = self._place()
@@ -106,23 +107,25 @@ class Model:
         channels, height, width = self.image
         net = Recorder(self.state, self.device, self.precision, self.batch, train)
         x = net.input(channels, height, width)
-        samples = None
-        if self._pixels is None:
+        views, mixed = None, None
+        if self.pixels is None:
             images = Tensor("images", (self.batch, *self.image), FLOAT, "io")
             cast.pack(net.plan, "input", images, x)
         else:
             if channels > 16:
                 raise Refused(f"images of {channels} channels: at most 16 are supported")
-            images = Tensor("images", (self.batch, *self.image), np.dtype(np.uint8), "io")
-            samples = Tensor("samples", (self.batch,), np.dtype(np.uint32), "io")
-            p = self._pixels
-            augment.normalise(net.plan, "input", images, samples, x, net.control, p.mean, p.std, p.padding, p.flip)
+            p, augmentation = self.pixels, self.pixels.augmentation
+            images = Tensor("images", (self.batch, *augmentation.stored), np.dtype(np.uint8), "io")
+            views = Tensor("views", (self.batch,), VIEW, "io")
+            features = augmentation.features if train else {}
+            augment.normalise(net.plan, "input", images, views, x, net.control, p.mean, p.std, **features)
+            mixed = views if train and augmentation.mixes else None
         logits = resnet(net, x, self.arch, self.options)
-        labels, loss, correct = net.loss(logits, self._smoothing if train else 0.0)
+        labels, loss, correct = net.loss(logits, self._smoothing if train else 0.0, mixed)
         if train:
             net.backward()
         prepare = Plan(self.device, self.precision) if train else net.prepare
-        return Recorded(net.plan, prepare, net.control, images, samples, labels, logits, loss, correct)
+        return Recorded(net.plan, prepare, net.control, images, views, labels, logits, loss, correct)
 
     def _record_accumulation(self, fresh: bool) -> Plan:
         """Adds the gradients of a micro-batch to those before, of which there are none if it is ``fresh``."""

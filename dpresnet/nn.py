@@ -389,11 +389,12 @@ class Recorder:
         self.tape.append(backward)
         return y
 
-    def loss(self, logits: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Softmax cross-entropy; returns labels [N] int32 (an input), loss [N] and correct [N]."""
+    def loss(self, logits: Tensor, smoothing: float, views: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Softmax cross-entropy, of two labels if ``views`` are given: labels [N] int32 (an input), loss [N], correct [N]."""
         labels = Tensor("labels", (self.images,), np.dtype(np.int32), "io")
         losses, correct = (Tensor(name, (self.images,), FLOAT, "io") for name in ("loss", "correct"))
         gradient = Tensor("logits.grad", logits.shape, FLOAT)
-        loss.softmax(self.plan, "loss", logits, labels, losses, correct, gradient, self.control, logits.channels, smoothing)
+        outputs, classes = (losses, correct, gradient), logits.channels
+        loss.softmax(self.plan, "loss", logits, labels, *outputs, self.control, classes, smoothing, views)
         self.gradients[logits] = [gradient]
         return labels, losses, correct

@@ -22,7 +22,7 @@ from dpresnet.errors import Refused
 MOST_ELEMENTS = 2**31 - 2**16  # of one tensor: indices are 32-bit in elementwise kernels
 
 CONTROL = np.dtype(  # what the host tells a replica before each step; the struct of kernels/common.cl
-    [("valid", np.int32), ("seed", np.uint32), ("epoch", np.uint32), ("augment", np.int32), ("grad_scale", np.float32)]
+    [("valid", np.int32), ("grad_scale", np.float32)]
 )
 
 

@@ -178,14 +178,14 @@ class Replicas:
         self.device.finish()
 
     def feed(self, recorded: Recorded, batches: list[tuple], control: dict[str, float]) -> None:
-        """Hands each replica its (images, labels, samples); short batches leave old images in place, marked invalid."""
-        for replica, (images, labels, samples) in zip(self.all, batches, strict=True):
+        """Hands each replica its (images, labels, ..., views); short batches leave old images in place, marked invalid."""
+        for replica, (images, labels, *_, views) in zip(self.all, batches, strict=True):
             memory, count = replica.memory, len(images)
             values = np.zeros(1, recorded.control.dtype)
             for name, value in {**control, "valid": count}.items():
                 values[name] = value
             memory.write(recorded.control, values)
-            for tensor, array in ((recorded.images, images), (recorded.labels, labels), (recorded.samples, samples)):
+            for tensor, array in ((recorded.images, images), (recorded.labels, labels), (recorded.views, views)):
                 if tensor is not None and count:
                     memory.view(tensor)[:count] = array
                     memory.push(tensor)

@@ -192,7 +192,7 @@ class Session:
         lr, scale = self.course.lr, self.trainer.scaler.scale
         recorded = Trail() if cfg.record_every and (progress.step + 1) % cfg.record_every == 0 else None
         self.comm.events.step, before = progress.step + 1, self.comm.traffic
-        outcome = self.course.step(epoch, micro_batches, stop.requested, recorded)
+        outcome = self.course.step(micro_batches, stop.requested, recorded)
         if recorded:
             self._leave_trail(recorded)
         seconds = time.monotonic() - began

@@ -16,6 +16,7 @@ import numpy as np
 
 from dpresnet import checkpoint
 from dpresnet.amp import LossScaler
+from dpresnet.augment import Augmentation
 from dpresnet.comm import Comm
 from dpresnet.config import Config, statistics_group, validate
 from dpresnet.data import Dataset
@@ -77,7 +78,19 @@ def resolve(cfg: Config, dataset: Dataset, ranks: int, saved: Config | None) -> 
     if cfg.num_classes < dataset.classes:
         raise Refused(f"--num-classes {cfg.num_classes}: the data set {dataset.name} has {dataset.classes} classes")
     validate(cfg)
+    augmentation_of(cfg, dataset.shape)
     return cfg
+
+
+def augmentation_of(cfg: Config, stored: tuple[int, int, int]) -> Augmentation:
+    """What the flags do to stored images of shape (C, H, W). Refused if they are smaller than --crop-size.
+
+    With --flip auto, colour images are flipped; grey ones are mostly characters, which have no mirror images.
+    """
+    flip = stored[0] == 3 if cfg.flip == "auto" else cfg.flip == "on"
+    size = (cfg.crop_size, cfg.crop_size) if cfg.crop_size else stored[1:]
+    return Augmentation(stored, size, cfg.augment, cfg.crop_padding, cfg.resized_crop, flip, cfg.jitter, cfg.erase,
+                        cfg.cutout, cfg.mixup, cfg.cutmix)  # fmt: skip
 
 
 def find_checkpoint(cfg: Config) -> tuple[checkpoint.Checkpoint | None, list[str]]:
@@ -152,16 +165,12 @@ def straggler(busy_s: list[float]) -> tuple[int, float]:
 
 
 def build_model(device: Device, cfg: Config, dataset: Dataset) -> Model:
-    """The network of a resolved configuration, for the images of a data set.
-
-    Training crops with an eighth of the image as border and flips colour images; grey ones are mostly characters, which
-    have no mirror images.
-    """
-    channels, height, _ = dataset.shape
-    pixels = Pixels(dataset.mean, dataset.std, padding=max(1, height // 8), flip=channels == 3)
+    """The network of a resolved configuration, for the images of a data set."""
+    augmentation = augmentation_of(cfg, dataset.shape)
+    pixels, image = Pixels(dataset.mean, dataset.std, augmentation), (dataset.shape[0], *augmentation.size)
     options = Options(cfg.num_classes, cfg.stem, cfg.shortcut, cfg.block, cfg.zero_init_residual)
     rule = Rule(cfg.optimizer, cfg.decay, cfg.clip_norm > 0, cfg.ema > 0)
-    return Model(device, cfg.arch, options, dataset.shape, cfg.batch, cfg.precision, cfg.label_smoothing, pixels,
+    return Model(device, cfg.arch, options, image, cfg.batch, cfg.precision, cfg.label_smoothing, pixels,
                  accumulate=cfg.accumulate > 1, rule=rule)  # fmt: skip
 
 

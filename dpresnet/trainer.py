@@ -84,23 +84,23 @@ class Trainer:
 
     # A step
 
-    def step(self, micro_batches: Sequence[Sequence[tuple]], count: int, lr: float, hyper: Hyper, *, seed: int = 0,
-             epoch: int = 0, updates: int = 0, stop: bool = False) -> Outcome:  # fmt: skip
+    def step(self, micro_batches: Sequence[Sequence[tuple]], count: int, lr: float, hyper: Hyper, *,
+             updates: int = 0, stop: bool = False) -> Outcome:  # fmt: skip
         """Trains on one global batch of ``count`` images, in one micro-batch or several whose gradients are added, after
         ``updates`` steps that were not skipped.
 
-        A micro-batch is the (images, labels, sample indices) of each of this rank's replicas. ``stop`` is this rank's wish to
-        end; the outcome says whether any rank has it. A step with non-finite gradients changes nothing but the loss scaler.
-        Raises GaveUp at its floor.
+        A micro-batch is the (images, labels, ..., views) of each of this rank's replicas; views, `dpresnet.augment.VIEW`, are
+        for 8-bit images. ``stop`` is this rank's wish to end; the outcome says whether any rank has it. A step with non-finite
+        gradients changes nothing but the loss scaler. Raises GaveUp at its floor.
         """
-        self.forward_backward(micro_batches, count, seed=seed, epoch=epoch, augment=True)
+        self.forward_backward(micro_batches, count)
         loss, correct, wishes = self._sums(int(stop))
         skipped = not np.isfinite(loss) or self.optimizer.overflowed()
         culprit = self._culprit() if skipped and self.check else ""
         try:
             scaler = self.scaler.after(skipped)
         except GaveUp as error:
-            raise GaveUp(f"{error}; first: {culprit or self.explain(micro_batches, count, seed, epoch)}") from None
+            raise GaveUp(f"{error}; first: {culprit or self.explain(micro_batches, count)}") from None
         norm = None if skipped else self.optimizer.norm(self.scaler.scale)
         if not skipped:
             with trace.span("update"):
@@ -108,18 +108,17 @@ class Trainer:
         self.scaler = scaler
         return Outcome(count, loss, correct, skipped, wishes > 0, culprit, norm)
 
-    def forward_backward(self, micro_batches: Sequence[Sequence[tuple]], count: int, *, seed: int = 0, epoch: int = 0,
-                         augment: bool = False) -> None:  # fmt: skip
+    def forward_backward(self, micro_batches: Sequence[Sequence[tuple]], count: int) -> None:
         """Leaves the sum of the scaled gradients in the gradient arena of this rank's first replica."""
         self._begin()
         *earlier, last = micro_batches
         for number, batches in enumerate(earlier):
-            self._replay(number, batches, count, seed, epoch, augment, lambda bucket, event: None)
+            self._replay(number, batches, count, lambda bucket, event: None)
             self.replicas.run_each(self.model.accumulate[min(number, 1)])
             self._count(self.model.train, batches)
             self.sync_bn.close()
         self._added = len(earlier) > 0
-        self._replay(len(earlier), last, count, seed, epoch, augment, self._mark_ready)
+        self._replay(len(earlier), last, count, self._mark_ready)
         if self._held:
             self._held[-1][1].wait()
             self._ready, self._held = self._held, []
@@ -139,11 +138,10 @@ class Trainer:
         self._first_bad = None
         self.sync_bn.forget()
 
-    def _replay(self, number: int, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool, ready: Handler,
-                check: bool = False) -> None:  # fmt: skip
+    def _replay(self, number: int, batches: Sequence[tuple], count: int, ready: Handler, check: bool = False) -> None:
         """Runs the training plan on micro-batch ``number``."""
         with trace.span("forward and backward", micro_batch=number):
-            self._feed(self.model.train, batches, count, seed, epoch, augment)
+            self._feed(self.model.train, batches, count)
             exchange = self._go_on if self.sync_bn.alone else self._agree
             self.replicas.run(self.model.train, exchange, ready, self._inspector(number, check))
 
@@ -169,7 +167,7 @@ class Trainer:
     def evaluate(self, batches: Sequence[tuple], averaged: bool = False) -> Outcome:
         """Loss and correct answers of one global batch with running statistics, or with the moving averages of all."""
         self._begin()
-        self._feed(self.model.evaluate, batches, 1, 0, 0, False)
+        self._feed(self.model.evaluate, batches, 1)
         self.replicas.run(self.model.evaluate, self._agree, self._mark_ready, self._inspector(0, False), averaged)
         self._count(self.model.evaluate, batches)
         loss, correct, _ = self._sums()
@@ -182,10 +180,9 @@ class Trainer:
         rows = zip(self.replicas.all, batches, strict=True)
         return [replica.memory.read(found)[: len(images), :classes] for replica, (images, *_) in rows]
 
-    def _feed(self, recorded: Recorded, batches: Sequence[tuple], count: int, seed: int, epoch: int, augment: bool) -> None:
-        control = {"seed": seed, "epoch": epoch, "augment": augment, "grad_scale": self.scaler.scale / count}
+    def _feed(self, recorded: Recorded, batches: Sequence[tuple], count: int) -> None:
         self.sync_bn.begin([len(images) for images, *_ in batches])
-        self.replicas.feed(recorded, list(batches), control)
+        self.replicas.feed(recorded, list(batches), {"grad_scale": self.scaler.scale / count})
 
     def _update(self, lr: float, hyper: Hyper, updates: int) -> None:
         self.optimizer.step(lr, hyper, self.scaler.scale, updates)
@@ -262,11 +259,11 @@ class Trainer:
 
     # State
 
-    def explain(self, micro_batches: Sequence[Sequence[tuple]], count: int, seed: int, epoch: int) -> str:
+    def explain(self, micro_batches: Sequence[Sequence[tuple]], count: int) -> str:
         """Replays the batch entry by entry and names the first non-finite value over all ranks."""
         self._begin()
         for number, batches in enumerate(micro_batches):
-            self._replay(number, batches, count, seed, epoch, True, lambda bucket, event: None, check=True)
+            self._replay(number, batches, count, lambda bucket, event: None, check=True)
         return self._culprit()
 
     def _culprit(self) -> str:

@@ -156,7 +156,7 @@ def steps(course: Any, run: Run, until: int) -> Iterator[tuple[int, dict[str, An
             for epoch, micro_batches in course.rest_of_epoch():
                 marks = trail.Trail()
                 lr, scale = course.lr, course.trainer.scaler.scale
-                outcome = course.step(epoch, micro_batches, trail=marks if progress.step + 1 in run.trails else None)
+                outcome = course.step(micro_batches, trail=marks if progress.step + 1 in run.trails else None)
                 values = (epoch, progress.samples, outcome.loss / outcome.count, lr, scale, course.trainer.scaler.skipped)
                 bar.update()
                 norm = {"grad_norm": outcome.grad_norm} if run.cfg.clip_norm else {}

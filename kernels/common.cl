@@ -140,8 +140,5 @@ typedef float act;
 // What the host tells a replica before each step; see `Control` in dpresnet/plan.py.
 typedef struct {
     int valid;         // images of this batch that count; the others are padding of a short last batch
-    uint seed;         // of the run: augmentation is a function of (seed, epoch, sample)
-    uint epoch;
-    int augment;       // 1: random crop and flip, 0: evaluation
     float grad_scale;  // loss scale / number of images in the global batch
 } Control;

@@ -15,7 +15,9 @@ RESOLVED = Config(replicas=4, num_classes=10, shortcut="A")
 OTHER = {
     "recipe": "digits-resnet20",
     "arch": "resnet50", "stem": "imagenet", "shortcut": "C", "block": "v2", "zero_init_residual": True,
-    "num_classes": 7, "dataset": "folder/flowers.h5", "image": 48, "channels": 1, "data_mb": 0.5, "batch": 5, "replicas": 12,
+    "num_classes": 7, "dataset": "folder/flowers.h5", "image": 48, "channels": 1, "data_mb": 0.5,
+    "augment": False, "crop_padding": 3, "resized_crop": 0.25, "crop_size": 8, "flip": "on", "jitter": 0.4, "erase": 0.5,
+    "cutout": 6, "mixup": 0.2, "cutmix": 1.0, "batch": 5, "replicas": 12,
     "accumulate": 3, "bn": "group:3", "precision": "fp32", "epochs": 3, "steps": 17, "seed": 2**32 - 1, "lr": 0.125,
     "optimizer": "adamw", "schedule": "step", "warmup_epochs": 0.5, "final_lr": 0.25, "power": 1.5, "milestones": "1,2",
     "gamma": 0.5, "beta1": 0.5, "beta2": 0.95, "eps": 1e-6, "trust": 0.02, "decay": "weights", "clip_norm": 2.5, "ema": 0.99,
@@ -31,6 +33,7 @@ MAY_CHANGE = {
     "steps", "bucket_mb", "first_bucket_mb", "overlap", "check_every", "timeout", "out", "resume", "save_every_epochs",
     "save_every_steps", "keep", "record_every", "trace", "trace_steps", "device", "threads", "bind", "debug", "dry_run",
 }
+TOGETHER = {"reduce": "tree", "augment": True, "crop_padding": 0}  # where the others would refuse
 COMPANY = {
     "image": {"dataset": "synthetic"}, "channels": {"dataset": "synthetic"}, "power": {"schedule": "polynomial"},
     "milestones": {"schedule": "step"}, "gamma": {"schedule": "step"}, "trust": {"optimizer": "lars"},
@@ -85,7 +88,7 @@ def test_the_mpi_library_adds_fp32_only():
     ({"optimizer": "sgd", "schedule": "cosine"}, {"beta1", "beta2", "eps", "trust", "milestones", "gamma", "power"}),
 ])
 def test_all_flags_together_also_joined_by_an_equals_sign(choice, meaningless):
-    values = OTHER | {"dataset": "synthetic", "reduce": "tree"} | choice
+    values = OTHER | TOGETHER | {"dataset": "synthetic"} | choice
     values = {name: value for name, value in values.items() if name not in meaningless}
     spaced = parse([word for name, value in values.items() for word in argument(name, value)])
     joined = parse(["=".join(argument(name, value)) for name, value in values.items()])
@@ -125,7 +128,7 @@ def test_help_lists_every_field_in_its_group_with_choices_and_default(capsys, mo
     text = " ".join(capsys.readouterr().out.split())
     titles = list(dict.fromkeys(spec.metadata["group"] for spec in fields(Config)))
     headings = [text.index(f" {title}: --") for title in titles]
-    assert headings == sorted(headings) and len(headings) == 7
+    assert headings == sorted(headings) and len(headings) == 8
     for spec in fields(Config):
         start = text.index(" " + argument(spec.name, True)[0] + ("," if spec.type is bool else " "))
         entry = text[start:text.index("(default: ", start) + 40]
@@ -204,6 +207,14 @@ def test_help_lists_every_field_in_its_group_with_choices_and_default(capsys, mo
     (["--schedule", "step", "--milestones", "nan"], ["--milestones 'nan'", "must rise"]),
     (["--image", "64"], ["--image 64", "--dataset synthetic", "leave the flag out"]),
     (["--channels", "3", "--dataset", "a.h5"], ["--channels 3", "'a.h5'", "leave the flag out"]),
+    (["--crop-padding", "4", "--resized-crop", "0.08"], ["--crop-padding 4", "--resized-crop", "leave one"]),
+    (["--crop-padding", "-2"], ["--crop-padding -2", "at least -1"]),
+    (["--no-augment", "--mixup", "0.2"], ["--mixup 0.2", "no effect", "--no-augment", "leave one"]),
+    (["--no-augment", "--flip", "on"], ["--flip 'on'", "--no-augment"]),
+    (["--resized-crop", "1.5"], ["--resized-crop 1.5", "at most 1.0"]),
+    (["--erase", "-0.1"], ["--erase -0.1", "at least 0.0"]),
+    (["--mixup", "1000"], ["--mixup 1000", "at most 100"]),
+    (["--dataset", "synthetic", "--crop-size", "4", "--batch", "1", "--bn", "local"], ["--crop-size", "raise"]),
     (["--arch", "plain20", "--shortcut", "B"], ["--shortcut 'B'", "plain20", "auto"]),
     (["--arch", "plain20", "--zero-init-residual"], ["--zero-init-residual", "plain20"]),
     (["--dataset", "synthetic", "--image", "4", "--batch", "1", "--bn", "local"], ["--image 4", "raise"]),
@@ -250,7 +261,7 @@ def test_refused_carries_the_exit_code_of_a_bad_configuration():
 
 
 def test_json_round_trip_of_every_field():
-    cfg = Config(**OTHER | {"reduce": "tree"})
+    cfg = Config(**OTHER | TOGETHER)
     assert from_json(to_json(cfg)) == cfg
     assert list(to_json(cfg)) == [spec.name for spec in fields(Config)]
 
@@ -258,8 +269,8 @@ def test_json_round_trip_of_every_field():
 def test_json_of_an_older_version_takes_defaults_and_of_a_newer_one_is_refused():
     older = {name: value for name, value in to_json(RESOLVED).items() if name != "label_smoothing"}
     assert from_json(older) == RESOLVED
-    with pytest.raises(Refused, match="mixup"):
-        from_json(to_json(RESOLVED) | {"mixup": 0.2})
+    with pytest.raises(Refused, match="dropout"):
+        from_json(to_json(RESOLVED) | {"dropout": 0.2})
 
 
 def test_json_with_an_impossible_value_is_refused():

@@ -160,6 +160,19 @@ def test_loader_serves_the_synthetic_set():
     np.testing.assert_array_equal(images, split.take(np.arange(512)))
 
 
+def test_views_are_drawn_of_the_samples_and_images_of_a_shard_in_the_thread_that_makes_it():
+    split, threads = numbered(50), set()
+
+    def draw(indices, images):
+        threads.add(threading.current_thread().name)
+        return np.stack([indices, images[:, 0, 0, 0] + 256 * images[:, 1, 0, 0].astype(int)], axis=1)
+
+    loader = data.Loader(split, data.order(0, 0, 50), 4, 2, range(2, 4), draw=draw)
+    for shard in (shard for batch in loader for shard in batch.shards):
+        np.testing.assert_array_equal(shard.views, np.stack([shard.indices] * 2, axis=1))
+    assert threads == {"dpresnet-prefetch_0"}
+
+
 # Prefetching
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyopencl as cl
 
 from dpresnet.amp import LossScaler
+from dpresnet.augment import Augmentation
 from dpresnet.bench.workload import Facts, Sgd, Workload
 from dpresnet.comm import Comm, Solo
 from dpresnet.config import statistics_group
@@ -48,8 +49,9 @@ class Ours:
         ranks, rank = self.comm.size, self.comm.rank
         self.device = Device(choose_device(work.device), vector=work.vector)
         edge = (0.5,) * 3
-        pixels = Pixels(np.array(edge), np.array(edge) / 2, padding=max(1, work.image // 8), flip=True)
         shape = (3, work.image, work.image)
+        augmentation = Augmentation(shape, shape[1:], enabled=not work.infer, flip=True)
+        pixels = Pixels(np.array(edge), np.array(edge) / 2, augmentation)
         options = Options(work.classes, work.stem)
         scaler = LossScaler() if work.precision == "fp16" else LossScaler.disabled()
         self.model = Model(self.device, work.arch, options, shape, work.batch, work.precision, pixels=pixels)
@@ -59,14 +61,12 @@ class Ours:
                                    commons=commons, **sums)  # fmt: skip
         self.lr, self._hyper = sgd.lr, Hyper(sgd.momentum, sgd.weight_decay)
         random = np.random.default_rng(rank)
-        self._batches = [
-            (
-                random.integers(0, 256, (work.batch, *shape), np.uint8),
-                random.integers(0, work.classes, work.batch, np.int32),
-                np.arange(k * work.batch, (k + 1) * work.batch, dtype=np.uint32),
-            )
-            for k in range(rank, ranks * BATCHES, ranks)
-        ]
+        self._batches = []
+        for k in range(rank, ranks * BATCHES, ranks):
+            images = random.integers(0, 256, (work.batch, *shape), np.uint8)
+            labels = random.integers(0, work.classes, work.batch, np.int32)
+            indices = np.arange(k * work.batch, (k + 1) * work.batch)
+            self._batches.append((images, labels, augmentation.drawn(0, 0, indices, images)))
         self._done = 0
 
     @property
