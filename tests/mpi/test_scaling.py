@@ -200,8 +200,11 @@ def test_a_rank_has_images_of_its_own_and_counts_those_of_all(monkeypatch):
     for rank in range(2):
         monkeypatch.setattr(Half, "rank", rank)
         sides.append(ours.Ours(WORK, Half(), bn="local", bucket_mb=0.1, first_bucket_mb=0.1))
-    numbers = [number for half in sides for *_, indices in half._batches for number in indices]
-    assert sorted(numbers) == list(range(2 * ours.BATCHES * WORK.batch))
+    images, drawn = sides[0]._batches[0][0], sides[0].model.pixels.augmentation.drawn
+    parts = np.arange(2 * ours.BATCHES * WORK.batch).reshape(-1, WORK.batch)
+    expected = [drawn(0, 0, indices, images).tobytes() for indices in parts]
+    assert sorted(views.tobytes() for half in sides for *_, views in half._batches) == sorted(expected)
+    assert len(set(expected)) == len(parts)
     assert not np.array_equal(sides[0]._batches[0][0], sides[1]._batches[0][0])
     assert len(sides[0].trainer.buckets) > 3 and sides[0].trainer.sync_bn.alone == sides[0].device.doubles
     counts = []
