@@ -161,11 +161,10 @@ class Augmentation:
     def _partners(self, views: np.ndarray, dice: Dice) -> None:
         """Mixup (Zhang et al. 2018, eq. 1) or cutmix (Yun et al. 2019, eq. 1 and 2) with the next sample of the batch."""
         views["partner"] = np.roll(np.arange(len(views)), -1)
-        both = self.mixup > 0 and self.cutmix > 0
-        pastes = dice.bits(METHOD) & 1 if both else np.full(len(views), self.cutmix > 0, np.int64)
         if self.mixup:
             views["share"] = beta(self.mixup, dice.bits(SHARE))
         if self.cutmix:
+            pastes = dice.bits(METHOD) & 1 if self.mixup else np.ones(len(views), np.int64)
             side = np.sqrt(1 - beta(self.cutmix, dice.bits(SHARE)))
             for part, extent, number, limit in (("top", "height", PASTE_ROW, self.size[0]),
                                                 ("left", "width", PASTE_COLUMN, self.size[1])):  # fmt: skip

@@ -9,6 +9,7 @@ from dpresnet.device import Device, choose_device
 from dpresnet.errors import GaveUp
 from dpresnet.initial import initial_state
 from dpresnet.model import Model, Pixels
+from dpresnet.plan import Launch
 from dpresnet.resnet import Options
 from dpresnet.trainer import Hyper, Trainer
 
@@ -66,6 +67,16 @@ def test_evaluation_sees_the_middle_of_images_with_one_label(device):
         outcomes.append(trainer.evaluate([(images, labels, views)]))
         images[:, :, :, :2] = images[:, :, :, 10:] = images[:, :, 8:] = 77  # columns 2 to 9 and rows 0 to 7 are the middle
     assert outcomes[0] == outcomes[1]
+
+
+def test_nobody_pays_for_what_is_off(device):
+    """Evaluation, and training that crops and flips, take the kernel that can do no more, and the loss of one label."""
+    for options, expected in (({"flip": True}, ("normalise", False)), (EVERYTHING, ("transform", True)),
+                              (EVERYTHING | {"enabled": False}, ("normalise", False))):  # fmt: skip
+        model = make(device, **options).model
+        for plan, kinds in ((model.train.plan, expected), (model.evaluate.plan, ("normalise", False))):
+            launches = {entry.name: entry for entry in plan if isinstance(entry, Launch)}
+            assert (launches["input"].verb, ("MIXED", 1) in launches["loss"].defines) == kinds
 
 
 def test_a_short_batch_is_mixed_within_itself(device):
