@@ -49,7 +49,8 @@ def _load(source: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(source, allow_pickle=False) as file:
             found = {name: file[name] for name in (*SPLITS, *WHOLE) if name in file}
-    except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        # RuntimeError: of the zip file, where it is encrypted or compressed in a way that Python does not know
         raise Refused(f"{source} cannot be read as an .npz file: {' '.join(str(error).split())}") from None
     for name, array in found.items():
         if not isinstance(array, np.ndarray):

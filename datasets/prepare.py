@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NoReturn
 
+from dpresnet.commandline import Parser
 from dpresnet.datasets import arrays, cifar, folder, idx, schema
 from dpresnet.datasets.content import Content
 from dpresnet.datasets.images import Shaping
@@ -21,12 +21,6 @@ from dpresnet.errors import Refused, exit_code
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 SHOWN = 5  # skipped files
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, with the exit code of a bad configuration."""
-        raise Refused(f"{message.removeprefix('argument ')} (--help explains every flag)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--licence", help="under which terms it comes (those of the kind)")
     common.add_argument("--class-names", metavar="A,B,..|FILE", help="names of the classes, in order; FILE: one a line")
     common.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    flags = _Parser(prog="python -m dpresnet.datasets.prepare", description=__doc__,
+    flags = Parser(prog="python -m dpresnet.datasets.prepare", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     kinds = flags.add_subparsers(dest="kind", metavar="KIND", required=True)
     for kind in idx.KNOWN:

@@ -19,7 +19,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dpresnet.datasets.filesplit import FileSplit
+from dpresnet.datasets.split import FileSplit, Split
 from dpresnet.errors import Refused
 
 FORMAT, VERSION = "dpresnet-dataset", 1
@@ -33,31 +33,6 @@ _FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FL
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
-    """Samples in memory: ``images`` uint8 [N, C, H, W] and ``labels`` int32 [N].
-
-    Whoever feeds a network needs only ``labels``, ``shape``, ``len()`` and ``take``; a `FileSplit` has the same four.
-    To be written, ``images`` need only ``dtype``, ``shape``, ``ndim``, ``size``, ``len()`` and slices of rows, so they may be
-    mapped from a file or put together as they are asked for.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every sample."""
-        return self.images.shape[1:]
-
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        """A copy of the images at ``indices`` int64 [n], in that order: uint8 [n, C, H, W]."""
-        return self.images[indices]
-
-
-@dataclass(frozen=True, eq=False)
 class Dataset:
     """Both splits and what is known of them. ``mean`` and ``std`` float32 [C] are of training images scaled to 0..1."""
 
@@ -68,8 +43,8 @@ class Dataset:
     mean: np.ndarray
     std: np.ndarray
     fingerprint: str
-    train: Split | FileSplit
-    test: Split | FileSplit
+    train: Split
+    test: Split
 
     @property
     def classes(self) -> int:
@@ -297,7 +272,7 @@ def _check(dataset: Dataset) -> None:
         raise ValueError(f"its content has the fingerprint {actual}, the file says {dataset.fingerprint}")
 
 
-def _check_split(name: str, split: Split | FileSplit, dataset: Dataset) -> None:
+def _check_split(name: str, split: Split, dataset: Dataset) -> None:
     images, labels = split.images, split.labels
     if images.dtype != np.uint8 or labels.dtype != np.int32 or images.ndim != 4 or labels.shape != images.shape[:1]:
         raise ValueError(f"{name} has images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}")

@@ -7,7 +7,6 @@ of ``dpresnet.train`` that augment, so they can be tried before a run. Samples a
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,7 +18,7 @@ import numpy as np
 from dpresnet import environment
 from dpresnet.commandline import Parser, add_flags
 from dpresnet.config import Config, validate
-from dpresnet.errors import Refused, exit_code
+from dpresnet.errors import Refused, exit_code, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,8 +104,7 @@ def run(argv: Sequence[str] | None) -> str:
             raise Refused(f"--{name} {value} is out of range: it must be at least {least}")
     cfg = Config(**args)
     validate(cfg)
-    if importlib.util.find_spec("PIL") is None:
-        raise Refused(f"-o {output}: Pillow is not installed here: pip install 'dpresnet[bench]'")
+    require("PIL", "Pillow", f"-o {output}", "bench")
     environment.prepare(0, 0, 1)
     from dpresnet.data import load
     from dpresnet.device import Device, choose_device

@@ -76,7 +76,7 @@ class Zip:
     def __init__(self, path: Path):
         try:
             self.archive = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        except (OSError, zipfile.BadZipFile, ValueError, RuntimeError) as error:  # RuntimeError: a version beyond Python's
             raise Refused(f"{path} cannot be read as a zip file: {error}") from None
         self.path, self.members = path, {}
 
@@ -102,7 +102,7 @@ class Zip:
         try:
             with self.archive.open(self.members[file.path]) as opened:
                 return opened.read(file.size + 1)  # so that the end is reached, where the checksum is compared
-        except Exception as error:  # BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, lzma's and bz2's
+        except Exception as error:  # damaged, encrypted, of a compression unknown here: each library has errors of its own
             raise Unusable(" ".join(f"it cannot be unpacked ({error})".split())) from None
 
     def close(self) -> None:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import numpy as np
 from dpresnet import checkpoint
 from dpresnet.comm import Solo
 from dpresnet.config import from_json
-from dpresnet.course import check_arrays
-from dpresnet.data import Dataset, Loader, Split
+from dpresnet.course import check_arrays, evaluation, in_order
+from dpresnet.data import Batch, Dataset, Loader, Split
 from dpresnet.device import Device, choose_device
 from dpresnet.errors import Refused
+from dpresnet.evaluation import Evaluation
 from dpresnet.setup import build_model, build_trainer
 
 
@@ -75,8 +76,9 @@ class Classifier:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By class index."""
-        return self.samples.class_names
+        """By class index; outputs beyond those of the data set have a number."""
+        named = self.samples.class_names
+        return (*named, *(f"class {k}" for k in range(len(named), self.cfg.num_classes)))
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """float32 [N, classes] of images uint8 [N, C, H, W] of the shape of training."""
@@ -84,8 +86,11 @@ class Classifier:
         if images.dtype != np.uint8 or images.shape[1:] != self.samples.shape:
             wanted = ", ".join(map(str, self.samples.shape))
             raise ValueError(f"images are {images.dtype} {list(images.shape)}, not uint8 [N, {wanted}]")
-        parts = [logits for logits, _ in self.batches(Split(images, np.zeros(len(images), np.int32)))]
-        return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
+        parts = [np.zeros((0, self.cfg.num_classes), np.float32)]
+        for batch in self.batches(Split(images, np.zeros(len(images), np.int32))):
+            self._trainer.evaluate(batch.shards, self.averaged)
+            parts += [logits.copy() for logits in self._trainer.logits(batch.shards)]
+        return np.concatenate(parts)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """The softmax of `logits`."""
@@ -93,10 +98,10 @@ class Classifier:
         powers = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
         return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 
-    def batches(self, split: Split) -> Iterator[tuple[np.ndarray, float]]:
-        """The logits [n, classes] and the summed loss of one batch after the other, in the order of the split."""
-        draw = self._model.pixels.augmentation.centred
-        for batch in Loader(split, np.arange(len(split)), 1, self.cfg.batch, range(1), draw=draw):
-            outcome = self._trainer.evaluate(batch.shards, self.averaged)
-            (logits,) = self._trainer.logits(batch.shards)
-            yield logits[:, : len(self.class_names)].copy(), outcome.loss
+    def batches(self, split: Split) -> Loader:
+        """The samples of a split, for `evaluate`."""
+        return in_order(self._trainer, split, 1, self.cfg.batch)
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """How the network does on them."""
+        return evaluation(self._trainer, batches, self.averaged)

@@ -3,8 +3,7 @@
 import argparse
 import functools
 import itertools
-from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,7 +36,7 @@ def parse(argv: Sequence[str]) -> Config:
     return cfg
 
 
-def _check_meaning(cfg: Config, given: Namespace) -> None:
+def _check_meaning(cfg: Config, given: Mapping[str, Any]) -> None:
     """Refuses a flag that has no meaning beside the others."""
     for spec in fields(Config):
         other, values = spec.metadata.get("only", ("", ()))

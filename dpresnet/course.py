@@ -7,7 +7,7 @@ repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -16,7 +16,7 @@ import numpy as np
 from dpresnet.amp import LossScaler
 from dpresnet.checkpoint import Checkpoint
 from dpresnet.config import Config, global_batch
-from dpresnet.data import Batch, Dataset, Loader, in_steps, order, steps_per_epoch
+from dpresnet.data import Batch, Dataset, Loader, Split, in_steps, order, steps_per_epoch
 from dpresnet.errors import Refused
 from dpresnet.evaluation import Evaluation, answers, joined
 from dpresnet.initial import initial_state
@@ -114,19 +114,27 @@ class Course:
 
     def evaluate(self) -> dict[str, Evaluation]:
         """The parameters and, if there are any, their moving averages on the test split."""
-        return {"": self._evaluate(False)} | ({"ema_": self._evaluate(True)} if self.trainer.model.rule.ema else {})
+        loader = in_order(self.trainer, self.dataset.test, self.cfg.replicas, self.cfg.batch)
+        kinds = {"": False} | ({"ema_": True} if self.trainer.model.rule.ema else {})
+        return {before: evaluation(self.trainer, loader, averaged) for before, averaged in kinds.items()}
 
-    def _evaluate(self, averaged: bool) -> Evaluation:
-        """Each sample exactly once over all replicas; ``culprit`` is the first of all batches."""
-        loss, culprit, samples, parts = 0.0, "", np.arange(len(self.dataset.test)), []
-        for batch in Loader(self.dataset.test, samples, self.cfg.replicas, self.cfg.batch, self.trainer.replicas_range,
-                            draw=self.trainer.model.pixels.augmentation.centred):  # fmt: skip
-            outcome = self.trainer.evaluate(batch.shards, averaged)
-            loss, culprit = loss + outcome.loss, culprit or outcome.culprit
-            shown = zip(self.trainer.logits(batch.shards), batch.shards, strict=True)
-            parts += [answers(logits, shard.labels) for logits, shard in shown]
-        self.trainer.comm.events.what = "answers"
-        return Evaluation(self.cfg.num_classes, loss, joined(self.trainer.comm.gather(joined(parts))), culprit)
+
+def in_order(trainer: Trainer, split: Split, replicas: int, batch: int) -> Loader:
+    """The samples of a split as they are, each exactly once over all replicas."""
+    return Loader(split, np.arange(len(split)), replicas, batch, trainer.replicas_range,
+                  draw=trainer.model.pixels.augmentation.centred)  # fmt: skip
+
+
+def evaluation(trainer: Trainer, batches: Iterable[Batch], averaged: bool = False) -> Evaluation:
+    """What the network, or the moving average of its parameters, answers to all batches; ``culprit`` is the first of them."""
+    loss, culprit, parts = 0.0, "", []
+    for batch in batches:
+        outcome = trainer.evaluate(batch.shards, averaged)
+        loss, culprit = loss + outcome.loss, culprit or outcome.culprit
+        shown = zip(trainer.logits(batch.shards), batch.shards, strict=True)
+        parts += [answers(logits, shard.labels) for logits, shard in shown]
+    trainer.comm.events.what = "answers"
+    return Evaluation(trainer.model.options.num_classes, loss, joined(trainer.comm.gather(joined(parts))), culprit)
 
 
 def check_arrays(trainer: Trainer, saved: Checkpoint, cfg: Config) -> None:

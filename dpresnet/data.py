@@ -18,11 +18,10 @@ import numpy as np
 from . import trace
 from .augment import Draws
 from .datasets import schema
-from .datasets.filesplit import FileSplit
 from .datasets.schema import Dataset, Split
 from .errors import Refused
 
-__all__ = ["Batch", "Dataset", "FileSplit", "Loader", "Shard", "Split", "load", "order", "permutation", "steps_per_epoch"]
+__all__ = ["Batch", "Dataset", "Loader", "Shard", "Split", "load", "order", "permutation", "steps_per_epoch"]
 
 DIGITS = Path(schema.__file__).with_name("digits.h5")
 
@@ -115,7 +114,7 @@ class Loader:
     and it ends with the iteration, whether that is exhausted, left early or failed.
     """
 
-    split: Split | FileSplit
+    split: Split
     order: np.ndarray
     replicas: int
     batch: int

@@ -1,5 +1,6 @@
 """The ways a run ends on purpose, each with the exit code that launchers and schedulers read."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -30,6 +31,12 @@ class Stopped(Exception):
     """Stopped on request after saving; the same command with ``--resume auto`` goes on bit for bit."""
 
     exit_code = 75
+
+
+def require(module: str, library: str, flag: str, extra: str, otherwise: str = "") -> None:
+    """Refuses ``flag`` where an optional library is not installed, and says which extra brings it and what else helps."""
+    if importlib.util.find_spec(module) is None:
+        raise Refused(f"{flag}: {library} is not installed here: pip install 'dpresnet[{extra}]'{otherwise}")
 
 
 def exit_code(program: Callable[[], None]) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from dpresnet import environment
+from dpresnet.bench.facts import check_folder
 from dpresnet.errors import Refused, exit_code
-from dpresnet.evaluation import FIRST, Evaluation, answers, joined
+from dpresnet.evaluation import FIRST, Evaluation
 
 MOST_LISTED = 30  # classes that are listed with their accuracy
 
@@ -50,13 +51,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Evaluation, Any]:
     cfg, name = classifier.cfg, args.data or classifier.cfg.dataset
     dataset = load(name, cfg.seed, cfg.image, cfg.channels, cfg.num_classes)
     check(classifier.samples, dataset, name)
-    split, parts, loss, done = getattr(dataset, args.split), [], 0.0, 0
-    with tqdm(total=len(split), unit="image", leave=False, disable=None) as bar:
-        for logits, part in classifier.batches(split):
-            parts.append(answers(logits, split.labels[done : done + len(logits)]))
-            loss, done = loss + part, done + len(logits)
-            bar.update(len(logits))
-    return Evaluation(len(classifier.class_names), loss, joined(parts)), classifier
+    batches = classifier.batches(getattr(dataset, args.split))
+    return classifier.evaluate(tqdm(batches, unit="batch", leave=False, disable=None)), classifier
 
 
 def check(trained: Any, dataset: Any, name: str) -> None:
@@ -86,8 +82,7 @@ def report(found: Evaluation, names: Sequence[str]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Prints and writes."""
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise Refused(f"--json {args.json}: there is no folder {args.json.resolve().parent}: create it first")
+    check_folder(args.json, "--json")
     found, classifier = evaluate(args)
     print(report(found, classifier.class_names))
     if args.json:

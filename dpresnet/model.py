@@ -57,8 +57,7 @@ class Model:
 
     ``image`` is (channels, height, width), ``batch`` the images per replica. ``pixels`` says how 8-bit images, which may be
     larger, are normalised; None means that fp32 images arrive as they are. With ``accumulate`` there is room for the sum of
-    several micro-batches.
-    ``rule`` says how parameters are updated.
+    several micro-batches. ``rule`` says how parameters are updated.
     """
 
     def __init__(self, device: Device, arch: str, options: Options, image: tuple[int, int, int], batch: int,
@@ -146,7 +145,6 @@ class Model:
     def _place(self) -> dict[str, list[int]]:
         """Places every tensor; returns the bytes of the chunks of each home."""
         backwards, buffers = self.parameters[::-1], self.state.buffers.values()
-        fields = self.rule.of_parameters.values()
         recorded = (self.train, self.evaluate)
         listed = [t for r in recorded for t in (*r.plan.tensors(), *r.host_tensors())]
         unique = list({id(t): t for t in listed}.values())
@@ -154,15 +152,8 @@ class Model:
         work = [place_by_liveness(r.plan, limit, r.prepare) for r in recorded]
         longest = max(map(len, work))
         padded = [[*chunks, *[0] * (longest - len(chunks))] for chunks in work]
-        return {
-            "parameter": [place_in_order([p.value for p in backwards])],
-            "momentum": [place_in_order([p.momentum for p in backwards])],
-            "second_moment": [place_in_order([p.second_moment for p in backwards])] if "second_moment" in fields else [],
-            "gradient": [place_in_order([p.grad for p in backwards])],
-            "buffer": [place_in_order([b.value for b in buffers])],
-            "ema_parameter": [place_in_order([p.ema for p in backwards])] if self.rule.ema else [],
-            "ema_buffer": [place_in_order([b.ema for b in buffers])] if self.rule.ema else [],
-            "statistic": [place_in_order([t for t in unique if t.home == "statistic"])],
-            "io": [place_in_order([t for t in unique if t.home == "io"])],
-            "work": [max(pair) for pair in zip(*padded, strict=True)],
-        }
+        kept = [[getattr(p, part) for p in backwards] for part in (*self.rule.of_parameters.values(), "grad")]
+        kept += [[getattr(b, part) for b in buffers] for part in self.rule.of_buffers.values()]
+        kept += [[t for t in unique if t.home == home] for home in ("statistic", "io")]
+        placed = {tensors[0].home: [place_in_order(tensors)] for tensors in kept}
+        return {home: [] for home in TRAINED} | placed | {"work": [max(pair) for pair in zip(*padded, strict=True)]}

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import importlib.util
 import io
 import json
 import sys
@@ -20,7 +19,7 @@ import numpy as np
 from dpresnet import __version__
 from dpresnet.bench.facts import check_folder
 from dpresnet.bench.picture import SERIES, figure_of
-from dpresnet.errors import Refused, exit_code
+from dpresnet.errors import Refused, exit_code, require
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 CURVES = (  # title, key of the steps' lines, that of the epochs' lines in training and in the test
@@ -191,9 +190,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the page."""
-    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Refused(f"{' and '.join(missing)} not installed here: pip install 'dpresnet[report]'")
+    for module, library in (("jinja2", "Jinja2"), ("matplotlib", "matplotlib")):
+        require(module, library, "a report", "report")
     check_folder(args.out, "--out")
     text = page([load(folder) for folder in args.runs])
     try:

@@ -14,7 +14,6 @@ checkpoint of that step; then resuming leaves no line out and none twice.
 """
 
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dpresnet.config import Config, to_json
-from dpresnet.errors import Refused
+from dpresnet.errors import Refused, require
 
 RESULT_KEYS = (
     "arch", "dataset", "replicas", "ranks", "precision", "steps", "epochs", "test_accuracy", "test_loss",
@@ -196,8 +195,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def check_tensorboard() -> None:
     """Refuses when event files cannot be written."""
-    if importlib.util.find_spec("tensorboardX") is None:
-        raise Refused("--tensorboard: tensorboardX is not installed here: pip install 'dpresnet[tensorboard]', or leave it out")
+    require("tensorboardX", "tensorboardX", "--tensorboard", "tensorboard", ", or leave it out")
 
 
 def _event_writer(out: Path, step: int) -> Any:

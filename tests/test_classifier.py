@@ -28,11 +28,10 @@ def test_accuracy_and_loss_are_those_of_the_run(run, batch, tolerance):
     """A short last batch counts what it has. Fewer images at a time may be convolved, and so rounded, in another way."""
     classifier, test = dpresnet.Classifier(newest(run), batch), load("digits").test
     result = json.loads((run / "result.json").read_text())
-    parts = list(classifier.batches(test))
-    logits = np.concatenate([logits for logits, _ in parts])
-    assert (logits.argmax(axis=1) == test.labels).mean() == result["test_accuracy"]
-    assert sum(loss for _, loss in parts) / len(test) == pytest.approx(result["test_loss"], rel=tolerance)
-    np.testing.assert_array_equal(classifier.logits(test.images), logits)
+    found = classifier.evaluate(classifier.batches(test))
+    assert found.accuracy == result["test_accuracy"]
+    assert found.mean_loss == pytest.approx(result["test_loss"], rel=tolerance)
+    np.testing.assert_array_equal(classifier.logits(test.images).argmax(axis=1), found.answers.predictions)
 
 
 def test_probabilities_are_the_softmax_in_any_order(run):

@@ -19,7 +19,7 @@ LAYERS = [
     ["trace"],
     ["errors", "evaluation", "reference", "reference_augment", "reference_optimizer", "shape", "tree", "tiles", "pocl",
      "events", "wire", "stall", "bench.torch_resnet"],
-    ["launcher", "shared", "augment", "datasets.filesplit"],
+    ["launcher", "shared", "augment", "datasets.split"],
     ["config", "environment", "device", "comm", "trail", "datasets.schema", "bench.workload"],
     ["plan", "amp", "recipe", "schedule", "checkpoint", "data", "reporter", "exchange", "buckets", "failure", "bench.facts",
      "bench.flags", "bench.channel", "datasets.content", "datasets.images", "datasets.staging", "datasets.pickles"],

@@ -356,6 +356,6 @@ def test_no_event_files_unless_asked_for(tmp_path):
 
 
 def test_event_files_without_their_library_are_refused(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(Refused, match=r"pip install 'dpresnet\[tensorboard\]'"):
         module.check_tensorboard()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from dpresnet.bench.flags import add_exchanges, add_link, add_ranks, add_workloa
 from dpresnet.bench.projection import RATES, TIMES, counts, quantity
 from dpresnet.bench.workload import Facts, Workload
 from dpresnet.comm import Comm, connect, launched
-from dpresnet.errors import Refused, exit_code
+from dpresnet.errors import Refused, exit_code, require
 from dpresnet.failure import Guard
 
 WORDS = ("channels_last", "compile", "bf16")  # of which a variant of PyTorch is made
@@ -96,9 +95,9 @@ def check(args: argparse.Namespace) -> None:
     facts.check_folder(args.png, "--png")
     if args.png:
         picture.check()
-    if getattr(args, "against", None) and importlib.util.find_spec("torch") is None:
-        raise Refused("--against torch: PyTorch is not installed here: pip install 'dpresnet[bench]' (in a checkout: make "
-                      ".venv/installed-bench), or leave --against out to measure dpresnet alone")  # fmt: skip
+    if getattr(args, "against", None):
+        require("torch", "PyTorch", "--against torch", "bench",
+                " (in a checkout: make .venv/installed-bench), or leave --against out to measure dpresnet alone")  # fmt: skip
     if args.command == "scaling":
         if (launch := launched()) and launch.size != 1:
             raise Refused(f"scaling starts its ranks itself: run it without {launch.name}, and say --ranks {launch.size or 2}")

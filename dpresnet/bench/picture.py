@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from pathlib import Path
 from typing import Any
 
 from dpresnet.bench.memory import part_names
 from dpresnet.bench.workload import DIRECTIONS, Facts, Layer, Workload
-from dpresnet.errors import Refused
+from dpresnet.errors import require
 
 OURS, THEIRS, GREY = "#0072b2", "#d55e00", "#8a8a8a"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, told apart by everybody
@@ -21,9 +20,7 @@ MOST_BARS = 18  # kernels that are drawn by themselves
 
 def check() -> None:
     """Refuses when there is no matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Refused("--png: matplotlib is not installed here: pip install 'dpresnet[bench]' (in a checkout: make "
-                      ".venv/installed-bench), or leave --png out")  # fmt: skip
+    require("matplotlib", "matplotlib", "--png", "bench", " (in a checkout: make .venv/installed-bench), or leave --png out")
 
 
 def draw(command: str, found: Facts, work: Workload, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Samples that stay in their file: what training reads where images do not fit into memory."""
+"""Samples: in memory, or in their file where training reads them if they do not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from dpresnet.errors import Refused
 
 
 @dataclass(frozen=True, eq=False)
-class FileSplit:
-    """Samples of a file that stays open: ``images`` uint8 [N, C, H, W] there, ``labels`` int32 [N] in memory."""
+class Split:
+    """Samples in memory: ``images`` uint8 [N, C, H, W] and ``labels`` int32 [N].
 
-    images: h5py.Dataset
+    Whoever feeds a network needs only ``labels``, ``shape``, ``len()`` and ``take``; a `FileSplit` has the same four.
+    To be written, ``images`` need only ``dtype``, ``shape``, ``ndim``, ``size``, ``len()`` and slices of rows, so they may be
+    mapped from a file or put together as they are asked for.
+    """
+
+    images: np.ndarray
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -24,6 +29,17 @@ class FileSplit:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every sample."""
         return self.images.shape[1:]
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """A copy of the images at ``indices`` int64 [n], in that order: uint8 [n, C, H, W]."""
+        return self.images[indices]
+
+
+@dataclass(frozen=True, eq=False)
+class FileSplit(Split):
+    """Samples of a file that stays open: ``images`` uint8 [N, C, H, W] there, ``labels`` int32 [N] in memory."""
+
+    images: h5py.Dataset
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """The images at ``indices`` int64 [n], in that order: uint8 [n, C, H, W].
@@ -46,7 +62,7 @@ class FileSplit:
         rows = self.images.id.get_space()
         rows.select_hyperslab((first, 0, 0, 0), images.shape)
         try:
-            self.images.id.read(h5py.h5s.create_simple(images.shape), rows, images)  # in half the time of read_direct
+            self.images.id.read(h5py.h5s.create_simple(images.shape), rows, images)  # read_direct selects in Python
         except OSError as error:
             reason = " ".join(str(error).split())
             raise Refused(f"dataset {self.images.file.filename}: {self.images.name} is damaged at sample {sample}, in rows "

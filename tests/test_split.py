@@ -11,7 +11,7 @@ import pytest
 
 from dpresnet import data
 from dpresnet.datasets import schema
-from dpresnet.datasets.filesplit import FileSplit
+from dpresnet.datasets.split import FileSplit
 from dpresnet.errors import Refused
 from tests.launching import python
 
