@@ -111,6 +111,15 @@ def member(content: bytes) -> bytes:
     return made.getvalue()
 
 
+def marked(content: bytes, place: int, value: int) -> bytes:
+    """A zip file of which every member says so at this place of its entry: 8 the flags, 10 the compression."""
+    for mark, before in ((b"PK\1\2", 0), (b"PK\3\4", 2)):
+        parts = content.split(mark)
+        at = place - before - len(mark)
+        content = mark.join([parts[0], *(part[:at] + bytes([value]) + part[at + 1 :] for part in parts[1:])])
+    return content
+
+
 def header(shape: str) -> bytes:
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
@@ -126,6 +135,8 @@ FILES = {
     "damaged": (member(ARRAY.getvalue()).replace(TRAIN[5].tobytes(), bytes(105)), "cannot be read as an .npz file: Bad CRC-32"),
     "cut": (member(ARRAY.getvalue()[:-1]), "cannot be read as an .npz file"),
     "announces too much": (member(header("(1099511627776, 1024, 1024)") + b"x" * 99), "cannot be read as an .npz file"),
+    "encrypted": (marked(member(ARRAY.getvalue()), 8, 1), "cannot be read as an .npz file: File"),
+    "packed in another way": (marked(member(ARRAY.getvalue()), 10, 1), "cannot be read as an .npz file: That compression"),
     "text": (member(b"hello"), "train_images is not an array"),
 }  # fmt: skip
 
