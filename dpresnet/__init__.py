@@ -3,7 +3,7 @@
     mpirun -n 4 python -m dpresnet.train     a run (``--help`` lists the flags)
     python -m dpresnet.doctor                what this machine has, and what is wrong with it
     dpresnet.Network("resnet50", ...)        the same networks from Python, one process, without MPI
-    dpresnet.Classifier("best.h5")           a trained one, for images
+    dpresnet.Classifier("RUN")               a trained one, for images
 
 Importing the package loads neither OpenCL nor MPI: both read settings from the environment at that moment, and
 `dpresnet.environment.prepare` has to come first.

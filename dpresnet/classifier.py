@@ -1,6 +1,6 @@
 """A trained network from a checkpoint, for images outside of any run.
 
-    classifier = dpresnet.Classifier("runs/digits-resnet20/checkpoints/best.h5")
+    classifier = dpresnet.Classifier("runs/digits-resnet20")
     shares = classifier.probabilities(images)           # uint8 [N, C, H, W] -> float32 [N, classes]
     classifier.class_names[shares[0].argmax()]
 """
@@ -53,7 +53,9 @@ class Samples:
 
 
 class Classifier:
-    """The network of the checkpoint ``path``, in one process, ``batch`` images at a time (0: as many as a replica trained on).
+    """The network of a checkpoint in one process, ``batch`` images at a time (0: as many as a replica trained on).
+
+    ``path`` is a file, or the folder of a run, of which the best epoch is taken: ``checkpoints/best.h5``.
 
     With ``ema`` the moving averages of the parameters answer, if the run kept any; ``averaged`` says whether they do. Raises
     Refused for a file that is no checkpoint, or one of a version that did not note its classes.
@@ -62,6 +64,9 @@ class Classifier:
     def __init__(self, path: str | Path, batch: int = 0, device: str = "auto", ema: bool = True):
         if batch < 0:
             raise Refused(f"batch {batch}: at least 1, or 0 for the one of training")
+        path = Path(path)
+        if path.is_dir():
+            path = path / "checkpoints" / "best.h5"
         self.saved = saved = checkpoint.load(path)
         if "data" not in saved.meta:
             raise Refused(f"checkpoint {path} does not say what its classes are: resume the run for a step with this version")

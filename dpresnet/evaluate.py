@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     text = __doc__.split(": ", 1)[1]
     command = argparse.ArgumentParser(prog="python -m dpresnet.evaluate", description=text, allow_abbrev=False)
-    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of OUT/checkpoints, such as best.h5")
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's folder: its best.h5")
     command.add_argument("data", nargs="?", metavar="DATA", help="digits, synthetic or FILE.h5 (what the run trained on)")
     command.add_argument("--split", choices=("train", "test"), default="test", help="(test)")
     command.add_argument("--no-ema", dest="ema", action="store_false", help="the parameters, not their moving averages")
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     found, classifier = evaluate(args)
     print(report(found, classifier.class_names))
     if args.json:
-        facts = {"checkpoint": str(args.checkpoint), "step": classifier.saved.meta["progress"]["step"], "split": args.split,
+        facts = {"checkpoint": str(classifier.saved.path), "step": classifier.saved.meta["progress"]["step"], "split": args.split,
                  "ema": classifier.averaged, "images": found.count, "loss": found.mean_loss, "accuracy": found.accuracy,
                  "top5": found.top5, "classes": list(classifier.class_names), "per_class_accuracy": found.per_class_accuracy,
                  "matrix": found.confusion.tolist()}  # fmt: skip

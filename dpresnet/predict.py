@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     text = __doc__.split(": ", 1)[1]
     command = argparse.ArgumentParser(prog="python -m dpresnet.predict", description=text, allow_abbrev=False)
-    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of OUT/checkpoints, such as best.h5")
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's folder: its best.h5")
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP of any size")
     command.add_argument("--top", type=int, default=3, metavar="N", help="classes for each image (3)")
     command.add_argument("--json", action="store_true", help="one JSON object for each image")

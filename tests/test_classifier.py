@@ -34,6 +34,10 @@ def test_accuracy_and_loss_are_those_of_the_run(run, batch, tolerance):
     np.testing.assert_array_equal(classifier.logits(test.images).argmax(axis=1), found.answers.predictions)
 
 
+def test_of_a_run_the_best_epoch_is_taken(run):
+    assert dpresnet.Classifier(run).saved.path == run / "checkpoints" / "best.h5"
+
+
 def test_probabilities_are_the_softmax_in_any_order(run):
     classifier, test = dpresnet.Classifier(newest(run), 16), load("digits").test
     shares = classifier.probabilities(test.images[:20])
