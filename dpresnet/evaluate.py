@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     found, classifier = evaluate(args)
     print(report(found, classifier.class_names))
     if args.json:
-        facts = {"checkpoint": str(classifier.saved.path), "step": classifier.saved.meta["progress"]["step"], "split": args.split,
+        saved = classifier.saved
+        facts = {"checkpoint": str(saved.path), "step": saved.meta["progress"]["step"], "split": args.split,
                  "ema": classifier.averaged, "images": found.count, "loss": found.mean_loss, "accuracy": found.accuracy,
                  "top5": found.top5, "classes": list(classifier.class_names), "per_class_accuracy": found.per_class_accuracy,
                  "matrix": found.confusion.tolist()}  # fmt: skip

@@ -1,5 +1,5 @@
 """``python -m dpresnet.report RUN...``: what runs have come to, as one HTML file that needs nothing else: curves, results,
-settings, environment and confusion matrices. Several runs are drawn into the same pictures.
+settings, environment and confusion matrices. Several runs are drawn into the same pictures; ``-o FILE.png`` has only these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from dpresnet import __version__
 from dpresnet.bench.facts import check_folder
-from dpresnet.bench.picture import SERIES, figure_of
+from dpresnet.bench.picture import SERIES, figure_of, style
 from dpresnet.errors import Refused, exit_code, require
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html"
@@ -35,6 +35,7 @@ CONFUSIONS = {"matrix": "", "ema_matrix": ", moving average of the parameters"} 
 SMOOTHED = 100  # points that are left of the steps' lines, each the mean of what lies between
 MOST_NAMED = 40  # classes that still have names beside a confusion matrix
 MOST_COUNTED = 20  # classes whose counts are written into it
+PICTURES = (".png", ".svg", ".pdf")  # suffixes of --out that mean the curves alone
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def thinned(steps: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarr
     return means[:, 0], means[:, 1]
 
 
-def draw_curves(runs: list[Run]) -> str:
+def draw_curves(runs: list[Run]) -> Any:
     """All curves, a colour for each run; training dashed where the test is drawn too."""
     figure, axes = figure_of(11, 7, "", nrows=2, ncols=3)
     for chart, (title, by_step, train, test) in zip(axes.flat, CURVES, strict=False):
@@ -86,9 +87,9 @@ def draw_curves(runs: list[Run]) -> str:
             colour = SERIES[number % len(SERIES)]
             if by_step:
                 chart.plot(*thinned(run.steps, by_step), color=colour, alpha=0.35 if test else 1, linewidth=1)
-            for key, style in ((train, "--"), (test, "-")):
+            for key, dashes in ((train, "--"), (test, "-")):
                 if key:
-                    chart.plot(*thinned(run.epochs, key), style, color=colour, marker=".", markersize=3)
+                    chart.plot(*thinned(run.epochs, key), dashes, color=colour, marker=".", markersize=3)
         chart.set(title=title, xlabel="step")
         if by_step in ("loss", "loss_scale"):
             chart.set_yscale("log", base=2 if by_step == "loss_scale" else 10)
@@ -99,10 +100,10 @@ def draw_curves(runs: list[Run]) -> str:
     legend.plot([], [], "k-", marker=".", label="test, each epoch")
     legend.plot([], [], "k--", marker=".", label="training, each epoch")
     legend.legend(loc="center", frameon=False)
-    return encoded(figure)
+    return figure
 
 
-def draw_confusion(names: list[str], matrix: list[list[int]]) -> str:
+def draw_confusion(names: list[str], matrix: list[list[int]]) -> Any:
     """Rows are what the samples are, columns what they were taken for; colours are shares of a row."""
     counts = np.array(matrix)
     side = min(10.0, 3.0 + 0.3 * len(names))
@@ -119,7 +120,7 @@ def draw_confusion(names: list[str], matrix: list[list[int]]) -> str:
                 chart.text(column, row, str(count), ha="center", va="center", fontsize=8,
                            color="white" if 2 * count > counts[row].sum() else "black")  # fmt: skip
     chart.set(ylabel="is", xlabel="was taken for")
-    return encoded(figure)
+    return figure
 
 
 def encoded(figure: Any) -> str:
@@ -155,10 +156,7 @@ def shown(value: Any) -> str:
 def page(runs: list[Run]) -> str:
     """The HTML file."""
     import jinja2
-    import matplotlib
 
-    matplotlib.use("agg")
-    matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
     settings = rows([run.config for run in runs], list(dict.fromkeys(key for run in runs for key in run.config)))
     facts = [run.result.get("versions", {}) for run in runs]
     summary = rows([run.config | run.result for run in runs], SUMMARY)
@@ -169,8 +167,8 @@ def page(runs: list[Run]) -> str:
         title=f"dpresnet: {', '.join(run.name for run in runs)}",
         names=[run.name for run in runs],
         summary=summary,
-        curves=draw_curves(runs),
-        confusions=[(f"{run.name}{words}", draw_confusion(run.confusion["classes"], run.confusion[key]))
+        curves=encoded(draw_curves(runs)),
+        confusions=[(f"{run.name}{words}", encoded(draw_confusion(run.confusion["classes"], run.confusion[key])))
                     for run in runs for key, words in CONFUSIONS.items() if key in run.confusion],
         settings=settings,
         differing=any(row["differs"] for row in settings),
@@ -184,21 +182,26 @@ def parser() -> argparse.ArgumentParser:
     text = __doc__.split(": ", 1)[1]
     command = argparse.ArgumentParser(prog="python -m dpresnet.report", description=text)
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run (its --out)")
-    command.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
+    command.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE",
+                         help="the page, or as .png, .svg or .pdf its curves alone (report.html)")  # fmt: skip
     return command
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the page."""
+    """Writes the page or the picture."""
     for module, library in (("jinja2", "Jinja2"), ("matplotlib", "matplotlib")):
         require(module, library, "a report", "report")
     check_folder(args.out, "--out")
-    text = page([load(folder) for folder in args.runs])
+    runs = [load(folder) for folder in args.runs]
+    style()
     try:
-        args.out.write_text(text, encoding="utf-8")
+        if args.out.suffix in PICTURES:
+            draw_curves(runs).savefig(args.out, dpi=110)
+        else:
+            args.out.write_text(page(runs), encoding="utf-8")
     except OSError as error:
         raise Refused(f"--out {args.out}: cannot be written: {error.strerror}") from None
-    print(f"{args.out}: {len(text) / 1e3:.0f} kB")
+    print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

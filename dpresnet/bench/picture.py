@@ -25,15 +25,20 @@ def check() -> None:
 
 def draw(command: str, found: Facts, work: Workload, path: Path) -> None:
     """Draws the results of a subcommand into a file; its suffix chooses the format."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+    style()
     drawn = {"step": step, "layers": layers, "ops": ops, "memory": memory, "project": project, "scaling": scaling}
     figure = drawn[command](found["results"], work)
     box, commit = found["machine"], found["commit"] or f"dpresnet {found['versions']['dpresnet']}"
     figure.text(0.995, 0.008, f"{found['date'][:10]}, {commit}, {box['cpu']}", ha="right", fontsize=7, color=GREY)
     figure.savefig(path, dpi=150)
+
+
+def style() -> None:
+    """What all pictures look like; they need no screen."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
 
 def figure_of(width: float, height: float, title: str, **grid: Any) -> tuple[Any, Any]:

@@ -80,5 +80,18 @@ def test_several_runs_share_the_page(real, tmp_path):
 @pytest.mark.parametrize("classes", [1, 21, 100])
 def test_confusion_of_few_and_many_classes(classes):
     counts = [[int(row == column) for column in range(classes)] for row in range(classes)]
-    picture = report.draw_confusion([f"class {k}" for k in range(classes)], counts)
-    assert base64.b64decode(picture).startswith(PNG)
+    chart = report.draw_confusion([f"class {k}" for k in range(classes)], counts).axes[0]
+    assert len(chart.texts) == (classes if classes <= report.MOST_COUNTED else 0)
+    assert ("class 0" in [label.get_text() for label in chart.get_yticklabels()]) == (classes <= report.MOST_NAMED)
+
+
+def test_a_picture_has_the_curves_of_the_epochs(real, tmp_path):
+    picture = tmp_path / "curves.png"
+    done = python(["-m", "dpresnet.report", real, "-o", picture])
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(PNG)
+    run = report.load(real)
+    charts = {chart.get_title(): chart for chart in report.draw_curves([run]).axes}
+    training, test = (line.get_ydata().tolist() for line in charts["accuracy"].lines)
+    assert training == [line["train_accuracy"] for line in run.epochs] and len(training) == 2
+    assert test == [line["test_accuracy"] for line in run.epochs]
