@@ -40,7 +40,7 @@ LAYERS = [
     ["bench.layers", "bench.ops", "bench.picture", "bench.scaling"],
     ["train", "verify", "explain", "evaluate", "bench.__main__", "doctor", "tune", "timeline", "report",
      "datasets.prepare", "datasets.show"],
-    ["predict"],
+    ["predict", "bench.torch_train"],
 ]
 ALONE = ["trace", "errors", "evaluation", "reference", "reference_augment", "reference_optimizer", "shape", "tree", "tiles",
          "pocl", "wire", "stall", "bench.torch_resnet"]  # fmt: skip
