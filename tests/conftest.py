@@ -1,7 +1,7 @@
 """Order, time limits and optional suites: the smallest tests run first, those that start ranks last, and none hangs.
 
 The suites in OPTIONAL need what `make test` does not install, and run only when their folder is named:
-``pytest tests/peers``.
+``pytest tests/peers``. What is marked ``sweep`` runs with ``-m sweep`` only, by `make test-sweeps`.
 """
 
 import os

@@ -16,6 +16,7 @@ from dpresnet.bench import facts, ours
 from dpresnet.bench.workload import Workload
 from dpresnet.device import Device, choose_device, tuned_kernels
 from dpresnet.tiles import DirectGather, DirectWeight, Tuned, WinogradGather, WinogradWeight
+from tests.sweeps import in_sweeps
 
 TINY = ["--arch", "resnet20", "--image", "8", "--batch", "4", "--rounds", "1"]
 SIZES = {
@@ -201,15 +202,17 @@ def trained(work: Workload) -> tuple[dict[str, np.ndarray], list, ours.Ours]:
     return side.trainer.arrays(), launches(side), side
 
 
-@pytest.mark.parametrize("vector", [8, 0])
-@pytest.mark.parametrize(("arch", "precision"), [("resnet20", "fp16"), ("resnet20", "fp32"), ("resnext50_32x4d", "fp32")])
-def test_training_leaves_the_same_bits_with_every_file(file, arch, precision, vector):
+@pytest.mark.parametrize("vector", [0, *in_sweeps(8)])
+@pytest.mark.parametrize("network", [("resnet20", "fp16"), *in_sweeps(("resnet20", "fp32"), ("resnext50_32x4d", "fp32"))],
+                         ids="-".join)  # fmt: skip
+def test_training_leaves_the_same_bits_with_every_file(file, network, vector):
     from dpresnet import tuning
     from dpresnet.resnet import Options
 
     device = Device(choose_device(), vector=vector)
     if device.vector == 1:
         pytest.skip("this device has no register tiles")
+    arch, precision = network
     work = Workload(arch, image=16, batch=3, precision=precision, vector=vector)
     usual, shipped, side = trained(work)
     assert side.device.tuned.facts == {"file": None, "entries": 0}
@@ -229,6 +232,7 @@ def test_training_leaves_the_same_bits_with_every_file(file, arch, precision, ve
 # ---- the program
 
 
+@pytest.mark.sweep
 def test_program_measures_writes_and_shows(file, capsys):
     done = program(*TINY, "--precision", "fp16")
     assert done.returncode == 0, done.stderr

@@ -14,9 +14,11 @@ from dpresnet.comm import Solo
 from dpresnet.events import read
 from dpresnet.explain import explain
 from tests.launching import mpirun, python
+from tests.sweeps import in_sweeps
 
 WORKER = str(Path(__file__).with_name("worker_buckets.py"))
 MIB = 2**20
+each_wire = pytest.mark.parametrize("wire", ["fp32", "fp16", *in_sweeps("bf16")])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ TEXTS = [
 VALUES = {"fp32": 171_039, "fp16": 176_128, "bf16": 171_039}  # in all buckets of the worker
 
 
-@pytest.mark.parametrize("wire", ["fp32", "fp16", "bf16"])
+@each_wire
 @pytest.mark.parametrize(
     ("replicas", "ranks", "nodes", "placed", "sums", "single"),
     [
@@ -89,7 +91,7 @@ def test_unequal_nodes_sum_at_once(ranks, nodes):
         assert found["bytes_across"] > 0
 
 
-@pytest.mark.parametrize("wire", ["fp32", "fp16", "bf16"])
+@each_wire
 @pytest.mark.parametrize(
     ("replicas", "ranks", "nodes", "placed"),
     [(2, 2, 1, {}), (4, 4, 1, {}), (5, 5, 1, {}), (6, 3, 1, {}), (12, 4, 1, {}),

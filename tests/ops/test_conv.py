@@ -222,9 +222,9 @@ TILING = [
     ("gather", "weight", "patch_bytes"),
     [
         (DirectGather(3, 48, 4), DirectWeight(4, 1, 32, 32), ops.PATCH_BYTES),
-        (DirectGather(5, 1000, 1), DirectWeight(12, 1000, 64, 1), ops.PATCH_BYTES),
+        pytest.param(DirectGather(5, 1000, 1), DirectWeight(12, 1000, 64, 1), ops.PATCH_BYTES, marks=pytest.mark.sweep),
         (DirectGather(7, 10**6, 64), DirectWeight(6, 64, 256, 64), 4000),
-        (DirectGather(14, 384, 4), DirectWeight(8, 128, 128, 32), 0),
+        pytest.param(DirectGather(14, 384, 4), DirectWeight(8, 128, 128, 32), 0, marks=pytest.mark.sweep),
     ],
     ids=str,
 )
@@ -242,7 +242,8 @@ def test_work_group_sizes_change_no_bit(monkeypatch, shape, path, gather, weight
 
 @pytest.mark.parametrize(
     ("gather", "weight"),
-    [(DirectGather(5, 48, 4), DirectWeight(4, 1, 32, 32)), (DirectGather(14, 1000, 1), DirectWeight(8, 100, 128, 1))],
+    [(DirectGather(5, 48, 4), DirectWeight(4, 1, 32, 32)),
+     pytest.param(DirectGather(14, 1000, 1), DirectWeight(8, 100, 128, 1), marks=pytest.mark.sweep)],
     ids=str,
 )
 @pytest.mark.parametrize("path", ["vector", "narrow"])

@@ -15,11 +15,12 @@ from dpresnet import tiles, tuning
 from dpresnet.ops import winograd
 from dpresnet.plan import Local
 from dpresnet.resnet import Options
+from tests.sweeps import in_sweeps
 
 DIRECT = [
+    Shape(3, 40, 20, 7, 5, 1),
     Shape(2, 3, 24, 15, 13, 7, 2, 3),  # the first layer
     Shape(2, 24, 40, 9, 8, 3, 2, 1),
-    Shape(3, 40, 20, 7, 5, 1),
     Shape(1, 32, 32, 9, 7, 3, 1, 1, 8),  # groups of four channels
     Shape(2, 16, 16, 6, 7, 3, 2, 1, 2),  # of eight channels
     Shape(2, 48, 64, 5, 6, 3, 1, 1, 2),  # groups that straddle blocks
@@ -55,7 +56,7 @@ def columns(mode: Mode, shape: Shape, stem: str) -> list[dict[str, tiles.Sizes]]
 
 
 @each_vector
-@pytest.mark.parametrize("shape", DIRECT, ids=str)
+@pytest.mark.parametrize("shape", [DIRECT[0], *in_sweeps(*DIRECT[1:])], ids=str)
 def test_direct_candidates_change_no_bit(mode, shape):
     if mode.device.vector == 1:
         pytest.skip("this device has no register tiles")
@@ -66,7 +67,7 @@ def test_direct_candidates_change_no_bit(mode, shape):
 
 
 @each_vector
-@pytest.mark.parametrize("shape", [Shape(2, 17, 20, 5, 7, 3, 1, 1), Shape(3, 144, 80, 6, 13, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [Shape(2, 17, 20, 5, 7, 3, 1, 1), *in_sweeps(Shape(3, 144, 80, 6, 13, 3, 1, 1))], ids=str)
 def test_winograd_candidates_change_no_bit(mode, shape):
     if mode.device.vector == 1:
         pytest.skip("this device has no register tiles")

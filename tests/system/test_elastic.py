@@ -15,6 +15,7 @@ from dpresnet import events
 from dpresnet.data import Split
 from dpresnet.datasets import schema
 from tests.launching import python
+from tests.sweeps import in_sweeps
 from tests.system.test_train import curve, metrics, sha, succeed
 
 CLASSES = 3
@@ -50,7 +51,7 @@ class Case:
         return " ".join(flag for flag in self.flags if not flag.startswith("--")) + f", {self.size} images"
 
 
-CASES = [Case(seed) for seed in (0, 7, 10, 12)]
+CASES = [Case(seed) for seed in (7, 0, 10, 12)]
 
 
 def make_dataset(case: Case, folder: Path) -> Path:
@@ -66,7 +67,7 @@ def make_dataset(case: Case, folder: Path) -> Path:
     return folder / "random.h5"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [CASES[0], *in_sweeps(*CASES[1:])], ids=str)
 @pytest.mark.limit(400)
 def test_ranks_change_no_bit_and_a_run_goes_on_with_others(case, tmp_path):
     """Three runs of six steps: alone; on some ranks; and stopped after four of them, in mid-epoch, to go on with others."""
