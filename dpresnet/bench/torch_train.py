@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def cropped(shard: Shard, augmentation: Augmentation) -> np.ndarray:
 
 
 class Training:
-    """The network with its optimizer."""
+    """The network with its optimizer; ``layout`` is "channels_last" or "contiguous"."""
 
     def __init__(self, cfg: Config, dataset: Dataset, layout: str):
         import torch
@@ -90,7 +91,7 @@ class Training:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=cfg.label_smoothing)
         self.mean, self.std = (torch.from_numpy(part.reshape(1, -1, 1, 1)) for part in (dataset.mean, dataset.std))
 
-    def _begin(self, net, dataset: Dataset) -> None:
+    def _begin(self, net: Any, dataset: Dataset) -> None:
         """The initial parameters of the run."""
         from dpresnet.device import Device, choose_device
         from dpresnet.initial import initial_state
@@ -103,7 +104,7 @@ class Training:
             if not name.endswith("num_batches_tracked"):
                 value.copy_(self.torch.from_numpy(arrays[name]))
 
-    def _optimizer(self):
+    def _optimizer(self) -> Any:
         cfg, optim = self.cfg, self.torch.optim
         exempt = [p for p in self.net.parameters() if cfg.decay == "weights" and p.ndim == 1]
         others = [p for p in self.net.parameters() if not any(p is other for other in exempt)]
@@ -112,7 +113,8 @@ class Training:
             return optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
         return optim.SGD(groups, cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay, nesterov=cfg.nesterov)
 
-    def _input(self, images: np.ndarray):
+    def _input(self, images: np.ndarray) -> Any:
+        """Normalised, as the network takes them."""
         pixels = self.torch.from_numpy(images).to(self.torch.float32) / 255
         return ((pixels - self.mean) / self.std).contiguous(memory_format=self.format)
 
