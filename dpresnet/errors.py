@@ -1,8 +1,12 @@
 """The ways a run ends on purpose, each with the exit code that launchers and schedulers read."""
 
 import importlib.util
+import os
+import select
 import sys
 from collections.abc import Callable
+
+UNREAD = 141  # as a shell reports SIGPIPE
 
 
 class Refused(Exception):
@@ -40,10 +44,25 @@ def require(module: str, library: str, flag: str, extra: str, otherwise: str = "
 
 
 def exit_code(program: Callable[[], None]) -> int:
-    """Runs a program of one process: 0, or the exit code of its planned end, which is said in one line on stderr."""
+    """Runs a program of one process: 0, or the exit code of its planned end, which is said in one line on stderr.
+
+    Nothing is said where nobody reads stdout any more, as in ``... | head -1``.
+    """
     try:
         program()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return UNREAD
     except (Refused, GaveUp, DifferentBits) as error:
         print(f"{getattr(error, 'word', 'error')}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _stdout_is_unread() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
